@@ -1,0 +1,48 @@
+# Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
+"""
+R-Transformer and RSA heads as ordinary Transformers models.
+
+Importing this package registers the model type `rtransformer` with the Auto classes, and marks the classes so that
+`save_pretrained` and `push_to_hub` put their code beside the weights.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .configuration_rtransformer import RTransformerConfig, rem_heads
+from .modeling_rtransformer import (
+    RTransformerForCausalLM,
+    RTransformerForSequenceClassification,
+    RTransformerForTokenClassification,
+    RTransformerModel,
+    RTransformerPreTrainedModel,
+)
+
+
+AutoConfig.register(RTransformerConfig.model_type, RTransformerConfig)
+RTransformerConfig.register_for_auto_class()
+for auto_class, model_class in (
+    (AutoModel, RTransformerModel),
+    (AutoModelForCausalLM, RTransformerForCausalLM),
+    (AutoModelForSequenceClassification, RTransformerForSequenceClassification),
+    (AutoModelForTokenClassification, RTransformerForTokenClassification),
+):
+    auto_class.register(RTransformerConfig, model_class)
+    model_class.register_for_auto_class(auto_class.__name__)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "RTransformerConfig",
+    "RTransformerForCausalLM",
+    "RTransformerForSequenceClassification",
+    "RTransformerForTokenClassification",
+    "RTransformerModel",
+    "RTransformerPreTrainedModel",
+    "rem_heads",
+]

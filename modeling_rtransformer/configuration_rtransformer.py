@@ -1,0 +1,287 @@
+# Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of R-Transformer, of Transformers with RSA heads, and of both together."""
+
+import difflib
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+
+LOCAL_RNN_TYPES = ("gru", "lstm", "rnn")
+REM_KINDS = ("none", "regular", "first_cyclical", "second_cyclical")
+REM_GATES = ("layer", "head")
+POSITION_EMBEDDINGS = ("none", "sinusoidal")
+
+# Where the Auto classes of a machine without this package find the code, in the Hub repository of a checkpoint.
+AUTO_MAP = {
+    "AutoConfig": "configuration_rtransformer.RTransformerConfig",
+    "AutoModel": "modeling_rtransformer.RTransformerModel",
+    "AutoModelForCausalLM": "modeling_rtransformer.RTransformerForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_rtransformer.RTransformerForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_rtransformer.RTransformerForTokenClassification",
+}
+
+
+def nearest(name: str, valid) -> str:
+    """A hint ``"; did you mean `x`?"`` with the valid name nearest to `name`, or an empty string."""
+    matches = difflib.get_close_matches(str(name), [str(v) for v in valid], n=1, cutoff=0.5)
+    return f"; did you mean `{matches[0]}`?" if matches else ""
+
+
+def rem_heads(
+    num_attention_heads: int,
+    *,
+    regular: int = 0,
+    first_cyclical: int = 0,
+    second_cyclical: int = 0,
+    dilated_regular: int = 0,
+    dilated_first_cyclical: int = 0,
+    dilated_second_cyclical: int = 0,
+    dilations: list[int] | None = None,
+) -> dict[str, list]:
+    """
+    The paper's six numbers (k1, ..., k6) as the two configuration fields that say the same head by head.
+
+    The six counts come in the paper's order. The heads are laid out in that order too, plain attention heads last.
+
+    Args:
+        num_attention_heads (`int`): heads of a layer; the counts may sum to fewer, the rest are plain attention.
+        dilations (`list[int]`): one dilation for each dilated head, in the order regular, first, second cyclical.
+
+    Returns:
+        `dict` with `rem_kinds` and `rem_dilations`, each with one entry a head, to pass on to [`RTransformerConfig`].
+
+    Raises:
+        ValueError: if the counts exceed the heads or `dilations` has another length than there are dilated heads.
+
+    Source: Huang et al. 2023, section 3.2 ("REMs") and appendix (the settings of k1 to k6 for each task).
+
+    Example:
+
+    ```python
+    >>> from modeling_rtransformer import RTransformerConfig, rem_heads
+
+    >>> text8 = rem_heads(8, dilated_first_cyclical=2, dilated_second_cyclical=2, dilations=[6, 6, 12, 12])
+    >>> RTransformerConfig(num_attention_heads=8, num_local_rnns=0, **text8).rem_dilations
+    [6, 6, 12, 12, 1, 1, 1, 1]
+    ```
+    """
+    kinds = ["regular"] * regular + ["first_cyclical"] * first_cyclical + ["second_cyclical"] * second_cyclical
+    dilated = (
+        ["regular"] * dilated_regular
+        + ["first_cyclical"] * dilated_first_cyclical
+        + ["second_cyclical"] * dilated_second_cyclical
+    )
+    dilations = list(dilations or [])
+    if len(dilations) != len(dilated):
+        raise ValueError(f"`dilations` must have one entry for each of the {len(dilated)} dilated heads, got {dilations}")
+    plain = num_attention_heads - len(kinds) - len(dilated)
+    if plain < 0:
+        raise ValueError(
+            f"the REM heads must be at most `num_attention_heads` ({num_attention_heads}), got {len(kinds) + len(dilated)}"
+        )
+    return {
+        "rem_kinds": kinds + dilated + ["none"] * plain,
+        "rem_dilations": [1] * len(kinds) + dilations + [1] * plain,
+    }
+
+
+@strict
+class RTransformerConfig(PreTrainedConfig):
+    r"""
+    One block, orthogonal choices: a LocalRNN before the attention (R-Transformer), a Recurrence Encoding Matrix (REM)
+    gated into chosen attention heads (RSA), both, or neither (a plain pre-norm Transformer).
+
+    Args:
+        vocab_size (`int`, defaults to 256): number of token ids, of the input and of the language model's output.
+        hidden_size (`int`, defaults to 512): width D of every layer; divisible by `num_attention_heads`.
+        intermediate_size (`int`, *optional*): inner width of the feed-forward layer; four times `hidden_size` if None.
+        num_hidden_layers (`int`, defaults to 3): number of blocks.
+        num_attention_heads (`int`, defaults to 8): heads H of each attention layer.
+        hidden_act (`str`, defaults to `"relu"`): activation of the feed-forward layer, any name of `ACT2FN`.
+        is_causal (`bool`, defaults to `True`):
+            True: LocalRNN, attention and REM see the past only. False: every layer sees both sides.
+        num_local_rnns (`int`, defaults to 1): LocalRNNs in each block; 0 for none.
+        local_rnn_type (`str`, defaults to `"gru"`): `"gru"`, `"lstm"` or `"rnn"` (tanh).
+        local_window (`int`, defaults to 7): window K of the LocalRNN in positions, the current one included.
+        rem_kinds (`list[str]`, *optional*):
+            One entry a head: `"none"` (plain attention), `"regular"`, `"first_cyclical"` or `"second_cyclical"`.
+            None for plain attention throughout. [`rem_heads`] writes it from the paper's (k1, ..., k6).
+        rem_dilations (`int` or `list[int]`, defaults to 1):
+            Dilation m of the REMs: one value for all heads, or one entry a head (plain heads' entries are not used).
+        rem_gate (`str`, defaults to `"layer"`): one gate a `"layer"` (the paper) or one a `"head"`.
+        rem_layers (`list[int]`, *optional*): indices of the blocks that have REM heads; None for all.
+        position_embedding (`str`, defaults to `"none"`):
+            `"sinusoidal"` adds the sinusoids of Vaswani et al. 2017 (section 3.5) to the scaled embeddings, `"none"`
+            leaves the order to the LocalRNN and the REMs.
+        final_norm (`bool`, defaults to `True`): a LayerNorm after the last block; the original R-Transformer has none.
+        layer_norm_eps (`float`, defaults to 1e-5): added to the variance in each LayerNorm.
+        num_input_features (`int`, *optional*):
+            If set, the input is `input_values` of shape `(batch, length, num_input_features)`, mapped by a linear
+            layer in place of the token embedding; there is then no token embedding to tie.
+        tie_word_embeddings (`bool`, defaults to `True`): the language model head uses the embedding's weight.
+        lm_head_bias (`bool`, defaults to `True`): a bias in the language model head, as the original code has.
+        embedding_dropout (`float`, defaults to 0.1): dropout of the embedded input.
+        hidden_dropout (`float`, defaults to 0.1): dropout of each sublayer's output and inside the feed-forward layer.
+        attention_dropout (`float`, defaults to 0.1): dropout of the softmax attention weights (not of the REM).
+        initializer_range (`float`, defaults to 0.02): standard deviation of the initial embeddings and projections.
+        use_cache (`bool`, defaults to `True`): return the keys, values and LocalRNN windows for decoding.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): special token ids.
+
+    Raises:
+        ValueError: a value out of range or an unknown name, with the field, the value and what would be right.
+
+    Sources: Wang et al. 2019, "R-Transformer" (arXiv 1907.05572); Huang et al. 2023, "Encoding Recurrence into
+    Transformers" (ICLR 2023).
+
+    Example:
+
+    ```python
+    >>> from modeling_rtransformer import RTransformerConfig, RTransformerForCausalLM
+
+    >>> config = RTransformerConfig(hidden_size=128, num_attention_heads=4, rem_kinds=["regular"] * 2 + ["none"] * 2)
+    >>> model = RTransformerForCausalLM(config)
+    ```
+    """
+
+    model_type = "rtransformer"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "layers.*.self_attn.q_proj": "colwise",
+        "layers.*.self_attn.k_proj": "colwise",
+        "layers.*.self_attn.v_proj": "colwise",
+        "layers.*.self_attn.o_proj": "rowwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+
+    vocab_size: int = 256
+    hidden_size: int = 512
+    intermediate_size: int | None = None
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 8
+    hidden_act: str = "relu"
+    is_causal: bool = True
+    num_local_rnns: int = 1
+    local_rnn_type: str = "gru"
+    local_window: int = 7
+    rem_kinds: list[str] | None = None
+    rem_dilations: int | list[int] = 1
+    rem_gate: str = "layer"
+    rem_layers: list[int] | None = None
+    position_embedding: str = "none"
+    final_norm: bool = True
+    layer_norm_eps: float = 1e-5
+    num_input_features: int | None = None
+    tie_word_embeddings: bool = True
+    lm_head_bias: bool = True
+    embedding_dropout: float | int = 0.1
+    hidden_dropout: float | int = 0.1
+    attention_dropout: float | int = 0.1
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in kwargs:
+            hint = difflib.get_close_matches(name, self.architecture_fields(), n=1, cutoff=0.85)
+            if hint and not hasattr(type(self), name):
+                raise ValueError(f"`{name}` is not a field of {type(self).__name__}; did you mean `{hint[0]}`?")
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        if self.num_input_features is not None:
+            self.tie_word_embeddings = False
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        super().__post_init__(**kwargs)
+        self.validate_architecture()  # a plain ValueError at once; the strict dataclass repeats it after every change
+
+    @classmethod
+    def architecture_fields(cls) -> list[str]:
+        """Names of the fields that this class adds to those of `PreTrainedConfig`."""
+        return [name for name in cls.__dataclass_fields__ if name not in PreTrainedConfig.__dataclass_fields__]
+
+    def validate_architecture(self) -> None:
+        """Check every field against the others. Called by the strict dataclass; raises ValueError."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        self._require(
+            self.hidden_size % self.num_attention_heads == 0,
+            "hidden_size",
+            f"divisible by `num_attention_heads` ({self.num_attention_heads})",
+        )
+        self._require(self.num_local_rnns >= 0, "num_local_rnns", "at least 0")
+        self._require(self.local_window >= 1, "local_window", "at least 1")
+        self._require_name("local_rnn_type", LOCAL_RNN_TYPES)
+        self._require_name("rem_gate", REM_GATES)
+        self._require_name("position_embedding", POSITION_EMBEDDINGS)
+        self._require(
+            self.position_embedding == "none" or self.hidden_size % 2 == 0,
+            "hidden_size",
+            "even with `position_embedding` 'sinusoidal'",
+        )
+        for name in ("embedding_dropout", "hidden_dropout", "attention_dropout"):
+            self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
+        if self.num_input_features is not None:
+            self._require(self.num_input_features >= 1, "num_input_features", "at least 1, or None for token ids")
+        self._validate_rem()
+
+    def _validate_rem(self) -> None:
+        heads = self.num_attention_heads
+        if self.rem_kinds is not None:
+            self._require(len(self.rem_kinds) == heads, "rem_kinds", f"None or one entry for each of the {heads} heads")
+            for head, kind in enumerate(self.rem_kinds):
+                if kind not in REM_KINDS:
+                    raise ValueError(
+                        f"`rem_kinds[{head}]` must be one of {', '.join(REM_KINDS)}, got {kind!r}{nearest(kind, REM_KINDS)}"
+                    )
+        dilations = self.rem_dilations
+        if isinstance(dilations, list):
+            self._require(len(dilations) == heads, "rem_dilations", f"one value, or one for each of the {heads} heads")
+        for dilation in dilations if isinstance(dilations, list) else [dilations]:
+            self._require(dilation >= 1, "rem_dilations", "at least 1")
+        for layer in self.rem_layers or []:
+            self._require(
+                0 <= layer < self.num_hidden_layers,
+                "rem_layers",
+                f"indices of the {self.num_hidden_layers} blocks, from 0 to {self.num_hidden_layers - 1}",
+            )
+
+    def _require(self, holds: bool, name: str, requirement: str) -> None:
+        if not holds:
+            raise ValueError(f"`{name}` must be {requirement}, got {getattr(self, name)}")
+
+    def _require_name(self, name: str, valid: tuple[str, ...]) -> None:
+        value = getattr(self, name)
+        if value not in valid:
+            raise ValueError(f"`{name}` must be one of {', '.join(valid)}, got {value!r}{nearest(value, valid)}")
+
+    def layer_rem_heads(self, layer_idx: int) -> list[tuple[int, str, int]]:
+        """`(head, kind, dilation)` of each REM head of the block `layer_idx`, in the order of the heads."""
+        if self.rem_kinds is None or (self.rem_layers is not None and layer_idx not in self.rem_layers):
+            return []
+        dilations = self.rem_dilations
+        if isinstance(dilations, int):
+            dilations = [dilations] * self.num_attention_heads
+        return [(h, kind, m) for h, (kind, m) in enumerate(zip(self.rem_kinds, dilations)) if kind != "none"]
+
+    @property
+    def head_dim(self) -> int:
+        """Size d of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What the cache of Transformers must hold for each block: keys and values, and the LocalRNN windows if any."""
+        has_windows = self.num_local_rnns > 0 and self.local_window > 1
+        return ["hybrid" if has_windows else "full_attention"] * self.num_hidden_layers
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """Windows that the cache of Transformers must hold for each block: one for each LocalRNN."""
+        return self.num_local_rnns
+
+
+__all__ = ["RTransformerConfig", "rem_heads"]
