@@ -75,7 +75,9 @@ def rem_heads(
     )
     dilations = list(dilations or [])
     if len(dilations) != len(dilated):
-        raise ValueError(f"`dilations` must have one entry for each of the {len(dilated)} dilated heads, got {dilations}")
+        raise ValueError(
+            f"`dilations` must have one entry for each of the {len(dilated)} dilated heads, got {dilations}"
+        )
     plain = num_attention_heads - len(kinds) - len(dilated)
     if plain < 0:
         raise ValueError(

@@ -1,0 +1,159 @@
+# Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
+"""
+LocalRNN: one shared RNN run from a zero state over the K inputs that end at each position.
+
+    out[t] = RNN(x[t-K+1], ..., x[t]),   inputs before the sequence are zero
+
+The positions do not depend on each other, so only K steps are sequential, whatever the length. Two consequences make it
+cheap: an input has the same projection W_x x + b in each of the K windows that it belongs to, so it is projected once;
+and the k-th inputs of all windows are one slice of the padded projections, so nothing is gathered or copied K times.
+
+Source: Wang et al. 2019, "R-Transformer" (arXiv 1907.05572), section 3.1 and the published code.
+"""
+
+# B batch, L length, D hidden size, K window, G gates: GRU 3 (reset, update, new), LSTM 4 (input, forget, cell, output),
+# tanh RNN 1. Gates are stacked in this order along the last dimension, as in torch.nn.GRU, LSTM and RNN.
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+NUM_GATES = {"gru": 3, "lstm": 4, "rnn": 1}
+
+
+def local_rnn_reference(
+    inputs: torch.Tensor, rnn: nn.RNNBase, window: int, segment_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    The definition: every window unfolded, all of them run through a batch-first `torch.nn` RNN. Costs K copies of the
+    input. `inputs` is `(B, K - 1 + L, D)`, the result `(B, L, D)`; `segment_ids` `(B, L)` as in [`LocalRNN`].
+    """
+    windows = inputs.unfold(1, window, 1).transpose(2, 3)  # (B, L, K, D)
+    if segment_ids is not None:
+        neighbours = F.pad(segment_ids, (window - 1, 0), value=-1).unfold(1, window, 1)  # (B, L, K)
+        windows = torch.where((neighbours == segment_ids[..., None])[..., None], windows, 0)
+    batch, length, _, hidden = windows.shape
+    outputs, _ = rnn(windows.reshape(batch * length, window, hidden))
+    return outputs[:, -1].reshape(batch, length, hidden)
+
+
+def gru_step(projected: torch.Tensor, recurrent: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
+    """One GRU step. `projected` W_x x + b_x and `recurrent` W_h h + b_h are `(..., 3 D)`, `hidden` `(..., D)` or zero."""
+    reset_x, update_x, new_x = projected.chunk(3, dim=-1)
+    reset_h, update_h, new_h = recurrent.chunk(3, dim=-1)
+    reset = torch.sigmoid(reset_x + reset_h)
+    update = torch.sigmoid(update_x + update_h)
+    new = torch.tanh(new_x + reset * new_h)
+    return new - update * new if hidden is None else torch.lerp(new, hidden, update)
+
+
+def lstm_step(
+    projected: torch.Tensor, recurrent: torch.Tensor, cell: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One LSTM step: `(hidden, cell)`, both `(..., D)`. `projected` and `recurrent` are `(..., 4 D)`."""
+    input_gate, forget_gate, new, output_gate = (projected + recurrent).chunk(4, dim=-1)
+    new_cell = torch.sigmoid(input_gate) * torch.tanh(new)
+    if cell is not None:
+        new_cell = torch.addcmul(new_cell, torch.sigmoid(forget_gate), cell)
+    return torch.sigmoid(output_gate) * torch.tanh(new_cell), new_cell
+
+
+def local_rnn(
+    projected: torch.Tensor,
+    recurrent_weight: torch.Tensor,
+    recurrent_bias: torch.Tensor,
+    *,
+    rnn_type: str,
+    window: int,
+    segment_ids: torch.Tensor | None = None,
+    zero_input: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    The K steps of all windows at once, on inputs that are projected already.
+
+    Args:
+        projected (`(B, K - 1 + L, G D)`): W_x x + b_x of the K - 1 inputs before the sequence and of the L inputs.
+        recurrent_weight (`(G D, D)`), recurrent_bias (`(G D)`): W_h and b_h.
+        rnn_type: `"gru"`, `"lstm"` or `"rnn"`.
+        segment_ids (`(B, L)`, integer, *optional*): windows do not reach into another segment.
+        zero_input (`(G D)`): the projection of a zero input, needed with `segment_ids`.
+
+    Returns:
+        `(B, L, D)`: the last hidden state of each window.
+    """
+    length = projected.shape[1] - window + 1
+    if segment_ids is not None:
+        neighbours = F.pad(segment_ids, (window - 1, 0), value=-1)  # (B, K - 1 + L)
+    hidden = cell = None
+    for step in range(window):
+        inputs = projected[:, step : step + length]  # (B, L, G D), a view
+        if segment_ids is not None and step < window - 1:
+            same = neighbours[:, step : step + length] == segment_ids
+            inputs = torch.where(same[..., None], inputs, zero_input)
+        recurrent = recurrent_bias if hidden is None else F.linear(hidden, recurrent_weight, recurrent_bias)
+        if rnn_type == "gru":
+            hidden = gru_step(inputs, recurrent, hidden)
+        elif rnn_type == "lstm":
+            hidden, cell = lstm_step(inputs, recurrent, cell)
+        else:
+            hidden = torch.tanh(inputs + recurrent)
+    return hidden
+
+
+def dense_weight(linear: nn.Module, in_features: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    `(weight, bias)` that a linear layer applies. A plain `nn.Linear` is read; of anything that stands in its place (a
+    LoRA adapter, quantized or offloaded weights) the effect is measured on the unit vectors, so that it counts.
+    """
+    if type(linear) is nn.Linear and not hasattr(linear, "_hf_hook"):
+        return linear.weight, linear.bias
+    unit_and_zero = torch.eye(in_features + 1, in_features, dtype=like.dtype, device=like.device)
+    rows = linear(unit_and_zero)  # (D + 1, G D): the columns of the weight plus the bias, then the bias
+    return (rows[:-1] - rows[-1]).T, rows[-1]
+
+
+class LocalRNN(nn.Module):
+    """
+    A LocalRNN with its parameters: `input_proj` (W_x, b_x) and `recurrent_proj` (W_h, b_h), both D -> G D, which are
+    the `weight_ih_l0`, `bias_ih_l0`, `weight_hh_l0` and `bias_hh_l0` of the `torch.nn` RNN of the same type.
+
+    Args:
+        hidden_size: D, of the input and of the state.
+        window: K, at least 1.
+        rnn_type: `"gru"`, `"lstm"` or `"rnn"` (tanh).
+    """
+
+    def __init__(self, hidden_size: int, window: int, rnn_type: str):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.window = window
+        self.rnn_type = rnn_type
+        self.input_proj = nn.Linear(hidden_size, NUM_GATES[rnn_type] * hidden_size)
+        self.recurrent_proj = nn.Linear(hidden_size, NUM_GATES[rnn_type] * hidden_size)
+
+    def forward(self, inputs: torch.Tensor, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        Args:
+            inputs (`(B, K - 1 + L, D)`): the K - 1 inputs before the sequence (zeros, or from the cache), then L inputs.
+            segment_ids (`(B, L)`, *optional*): equal ids mark the positions of one packed sequence.
+
+        Returns:
+            `(B, L, D)`: out[t] for each of the L inputs.
+        """
+        weight, bias = dense_weight(self.recurrent_proj, self.hidden_size, inputs)
+        zero_input = None
+        if segment_ids is not None:
+            zero_input = self.input_proj(inputs.new_zeros(1, 1, self.hidden_size))
+        return local_rnn(
+            self.input_proj(inputs),
+            weight,
+            bias,
+            rnn_type=self.rnn_type,
+            window=self.window,
+            segment_ids=segment_ids,
+            zero_input=zero_input,
+        )
+
+    def extra_repr(self) -> str:
+        return f"hidden_size={self.hidden_size}, window={self.window}, rnn_type={self.rnn_type!r}"

@@ -1,0 +1,476 @@
+# Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
+"""
+R-Transformer, RSA heads and both together, as Transformers models. One pre-norm block:
+
+    for each LocalRNN n of the block:   x = x + dropout(LocalRNN_n(norm(x)))
+                                        x = x + dropout(Attention(norm(x)))
+                                        x = x + dropout(FeedForward(norm(x)))
+
+Sources: Wang et al. 2019, "R-Transformer" (arXiv 1907.05572), section 3; Huang et al. 2023, "Encoding Recurrence into
+Transformers" (ICLR 2023), section 3.
+"""
+
+# B batch, L length (queries T of them when decoding), D hidden size, K window, H heads, d head size, V vocabulary,
+# F input features
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_recurrent_attention_mask,
+    packed_sequence_mask_function,
+)
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import PreTrainedModel
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
+from transformers.utils.output_capturing import capture_outputs
+
+from .block import RTransformerAttention, RTransformerBlock
+from .configuration_rtransformer import RTransformerConfig
+from .local_rnn import LocalRNN
+from .positions import packed_segment_ids, positions_in_sequence, sinusoidal_positions
+from .recurrence_encoding import RecurrenceEncoding
+
+
+def check_ids(name: str, ids: torch.Tensor, size: int, what: str) -> None:
+    """
+    Raise a ValueError that names the first id outside [0, size); negative labels (-100) are ignored. Done on the CPU
+    alone, where looking at a value costs nothing; an accelerator would have to wait for it.
+    """
+    if ids.device.type != "cpu" or is_tracing(ids) or ids.numel() == 0:
+        return
+    lowest, highest = torch.aminmax(ids)
+    bad = highest if highest >= size else lowest
+    if highest >= size or (lowest < 0 and not (name == "labels" and lowest == -100)):
+        raise ValueError(f"`{name}` must lie in [0, {size - 1}] ({what} is {size}), got {bad.item()}")
+
+
+class RTransformerPreTrainedModel(PreTrainedModel):
+    """What all R-Transformer models share: capabilities and initial values."""
+
+    config: RTransformerConfig
+    config_class = RTransformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RTransformerBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": RTransformerBlock, "attentions": RTransformerAttention}
+
+    def __init__(self, config: RTransformerConfig, *args: Any, **kwargs: Any):
+        super().__init__(config, *args, **kwargs)
+        if config.num_input_features is not None:
+            self.main_input_name = "input_values"
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """
+        Each parameter on its own (the original code starts several as copies of one another):
+
+        | parameter | initial value |
+        |---|---|
+        | embeddings, projections, heads: weight | normal(0, `initializer_range`); the padding embedding zero |
+        | projections, heads: bias | 0 |
+        | LayerNorm weight, bias | 1, 0 |
+        | LocalRNN weights and biases | uniform(-1 / sqrt(D), 1 / sqrt(D)), as in torch.nn |
+        | REM eta (regular) | uniform on [-2, -1] u [1, 2] |
+        | REM nu (cyclical) | uniform on [1, 2] |
+        | REM theta (cyclical) | pi / 4 |
+        | REM mu (gate) | uniform on [-3, 3] |
+        """
+        super()._init_weights(module)
+        if isinstance(module, LocalRNN):
+            bound = module.hidden_size**-0.5
+            for linear in (module.input_proj, module.recurrent_proj):
+                init.uniform_(linear.weight, -bound, bound)
+                init.uniform_(linear.bias, -bound, bound)
+        elif isinstance(module, RecurrenceEncoding):
+            eta = torch.empty_like(module.eta).uniform_(-1, 1)
+            init.copy_(module.eta, eta + torch.where(eta < 0, -1.0, 1.0))
+            init.uniform_(module.nu, 1, 2)
+            init.constant_(module.theta, math.pi / 4)
+            init.uniform_(module.mu, -3, 3)
+            for name, index in module.index_buffers().items():
+                init.copy_(getattr(module, name), index)
+
+
+class RTransformerModel(RTransformerPreTrainedModel):
+    """The embedded input, the blocks and the final norm, without a head."""
+
+    def __init__(self, config: RTransformerConfig):
+        super().__init__(config)
+        if config.num_input_features is None:
+            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        else:
+            self.embed_values = nn.Linear(config.num_input_features, config.hidden_size)
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.layers = nn.ModuleList(
+            RTransformerBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        input_values: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        """
+        Exactly one of `input_ids` `(B, T)`, `inputs_embeds` `(B, T, D)` and, in a model with `num_input_features`,
+        `input_values` `(B, T, F)`.
+
+        Args:
+            attention_mask (`(B, past + T)`, *optional*):
+                0 where padded, on either side. Also a prepared 4D mask, or a dict of prepared masks with the keys
+                `full_attention` and `linear_attention` (the padding of the T positions, 2D).
+            position_ids (`(B, T)`, *optional*):
+                Used by sinusoidal embeddings; positions that start over mark packed sequences, as do the arguments
+                `seq_idx` `(B, T)` and `cu_seq_lens_q` of the padding-free collators.
+            past_key_values (`Cache`, *optional*): keys, values and LocalRNN windows of the past.
+
+        Raises:
+            ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary.
+        """
+        inputs_embeds = self._embed(input_ids, inputs_embeds, input_values)
+        batch, length = inputs_embeds.shape[:2]
+        if kwargs.get("is_causal", self.config.is_causal) != self.layers[0].self_attn.is_causal:
+            raise ValueError(
+                f"`is_causal` must be {self.layers[0].self_attn.is_causal}, as in the config the model was made with "
+                f"(a LocalRNN has its directions built in), got {kwargs['is_causal']}"
+            )
+        if not self.config.is_causal:
+            if past_key_values is not None:
+                raise ValueError("`past_key_values` needs a causal model, but `config.is_causal` is False")
+            use_cache = False
+
+        segment_ids = None
+        if past_key_values is None:
+            seq_idx, cu_seq_lens = kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q")
+            segment_ids = packed_segment_ids(
+                batch,
+                length,
+                position_ids=position_ids if attention_mask is None else None,
+                seq_idx=seq_idx,
+                cu_seq_lens=cu_seq_lens,
+            )
+        if use_cache and past_key_values is None and segment_ids is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            is_padding = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
+            position_ids = positions_in_sequence(
+                length,
+                attention_mask=attention_mask if is_padding else None,
+                segment_ids=segment_ids,
+                past_length=0 if past_key_values is None else past_key_values.get_seq_length(),
+                device=inputs_embeds.device,
+            )
+
+        if isinstance(attention_mask, dict):
+            padding_mask = attention_mask.get("linear_attention")
+            attention_mask = attention_mask["full_attention"]
+        else:
+            padding_mask = create_recurrent_attention_mask(self.config, inputs_embeds, attention_mask)
+            attention_mask = create_causal_mask(  # bidirectional where `config.is_causal` is False
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                and_mask_function=None if segment_ids is None else packed_sequence_mask_function(segment_ids),
+            )
+
+        if self.config.position_embedding == "sinusoidal":
+            inputs_embeds = inputs_embeds * math.sqrt(self.config.hidden_size)
+            inputs_embeds = inputs_embeds + sinusoidal_positions(
+                position_ids, self.config.hidden_size, inputs_embeds.dtype
+            )
+        hidden_states = self.dropout(inputs_embeds)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=attention_mask,
+                padding_mask=padding_mask,
+                segment_ids=segment_ids,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _embed(
+        self,
+        input_ids: torch.LongTensor | None,
+        inputs_embeds: torch.FloatTensor | None,
+        input_values: torch.FloatTensor | None,
+    ) -> torch.Tensor:
+        """`(B, T, D)` from the one input that is given."""
+        features = self.config.num_input_features
+        expected = "input_ids" if features is None else "input_values"
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "input_values": input_values}
+        given = {name: value for name, value in given.items() if value is not None}
+        if len(given) != 1 or next(iter(given)) not in (expected, "inputs_embeds"):
+            raise ValueError(
+                f"exactly one of `{expected}` and `inputs_embeds` must be given (`num_input_features` is {features}), "
+                f"got {' and '.join(given) or 'neither'}"
+            )
+        if input_ids is not None:
+            check_ids("input_ids", input_ids, self.config.vocab_size, "`vocab_size`")
+            return self.embed_tokens(input_ids)
+        width = self.config.hidden_size if inputs_embeds is not None else features
+        (name, values), field = (
+            next(iter(given.items())),
+            "hidden_size" if inputs_embeds is not None else "num_input_features",
+        )
+        if values.dim() != 3 or values.shape[-1] != width:
+            raise ValueError(
+                f"`{name}` must have the shape (batch, length, {width}) (`{field}` is {width}), got {tuple(values.shape)}"
+            )
+        return inputs_embeds if inputs_embeds is not None else self.embed_values(input_values)
+
+
+class RTransformerForCausalLM(RTransformerPreTrainedModel, GenerationMixin):
+    """A causal language model: the next token's logits at each position."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: RTransformerConfig):
+        super().__init__(config)
+        self.model = RTransformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: RTransformerConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor | None]:
+        """Both masks for a compiled `generate`: the REM needs the padding too where no LocalRNN asks for it."""
+        mask_kwargs = {
+            "config": config,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
+        return {
+            "full_attention": create_causal_mask(**mask_kwargs),
+            "linear_attention": create_recurrent_attention_mask(**mask_kwargs),
+        }
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        input_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Inputs as in [`RTransformerModel.forward`].
+
+        Args:
+            labels (`(B, T)`, *optional*): the input ids; they are shifted inside, and -100 is not scored.
+            logits_to_keep (`int` or tensor): logits of the last so many positions, or of these; 0 for all.
+
+        Returns:
+            `logits` `(B, T, V)`, with `labels` also the `loss` in nats a token.
+        """
+        if labels is not None:
+            check_ids("labels", labels, self.config.vocab_size, "`vocab_size`")
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class RTransformerForSequenceClassification(RTransformerPreTrainedModel):
+    """
+    One prediction a sequence: from the last real position of a causal model, from the mean over the real positions of a
+    bidirectional one.
+    """
+
+    def __init__(self, config: RTransformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RTransformerModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        input_values: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutputWithPast:
+        """
+        Inputs as in [`RTransformerModel.forward`]. What is padded is said by `attention_mask`; without one, by
+        `input_ids` that equal `pad_token_id`, if the config has that.
+
+        Args:
+            labels (*optional*): `(B,)` class ids, `(B, num_labels)` for several labels or regression.
+
+        Returns:
+            `logits` `(B, num_labels)`, with `labels` also the `loss`.
+        """
+        if labels is not None and self.config.problem_type in (None, "single_label_classification"):
+            if self.num_labels > 1 and not labels.is_floating_point():
+                check_ids("labels", labels, self.num_labels, "`num_labels`")
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.score(self._pool(outputs.last_hidden_state, input_ids, attention_mask))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _pool(
+        self,
+        hidden_states: torch.Tensor,  # (B, T, D)
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """`(B, D)`: the last real position, or the mean over the real ones."""
+        batch, length = hidden_states.shape[:2]
+        real = torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
+        if attention_mask is not None and attention_mask.dim() == 2:
+            real = attention_mask[:, -length:].bool()
+        elif input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        if self.config.is_causal:
+            last = (torch.arange(length, device=hidden_states.device) * real).argmax(-1)
+            return hidden_states[torch.arange(batch, device=hidden_states.device), last]
+        weights = real.to(hidden_states.dtype)
+        return (hidden_states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
+
+
+class RTransformerForTokenClassification(RTransformerPreTrainedModel):
+    """One prediction a position: tags of tokens, or several labels of a frame."""
+
+    def __init__(self, config: RTransformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RTransformerModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        input_values: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """
+        Inputs as in [`RTransformerModel.forward`].
+
+        Args:
+            labels (`(B, T)`, *optional*): class ids, of which -100 is not scored.
+
+        Returns:
+            `logits` `(B, T, num_labels)`, with `labels` also the `loss`.
+        """
+        if labels is not None:
+            check_ids("labels", labels, self.num_labels, "`num_labels`")
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+__all__ = [
+    "RTransformerForCausalLM",
+    "RTransformerForSequenceClassification",
+    "RTransformerForTokenClassification",
+    "RTransformerModel",
+    "RTransformerPreTrainedModel",
+]

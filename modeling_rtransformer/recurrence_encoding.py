@@ -1,0 +1,338 @@
+# Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
+"""
+Recurrence Encoding Matrices (REMs) and the gate that mixes them into attention heads (RSA).
+
+    RSA(x) = [(1 - gate) * softmax(Q K' / sqrt(d)) + gate * P] V,     gate = sigmoid(mu)
+
+P is what a linear RNN with one eigenvalue does to V. With the distance s = i - j >= 1, and zero elsewhere (the diagonal
+included), a REM dilated by m, where s is divisible by m and zero where not, has n = s / m and
+
+    regular            P[i, j] = decay^n                     decay = tanh(eta), may be negative
+    first cyclical     P[i, j] = decay^n * cos(n * angle)    decay = sigmoid(nu), angle = theta
+    second cyclical    P[i, j] = decay^n * sin(n * angle)
+
+The unmasked (bidirectional) form is P + P'. Since P[i, j] depends on i - j alone and is a power, P V needs no L x L
+matrix: inside a chunk of C positions it is one small Toeplitz product for all chunks, and what came before the chunk is
+summed up in one complex state, so memory is O(L) (`rem_scan`). A query against cached values is a row of P (`rem_rows`).
+
+Source: Huang et al. 2023, "Encoding Recurrence into Transformers" (ICLR 2023), sections 2.2, 3.1 and 3.2.
+"""
+
+# B batch, H attention heads, R heads with a REM, T queries, L keys, d head size, m dilation, C chunk, N chunks
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class RemHeads(NamedTuple):
+    """The eigenvalue of each of R heads, at least float32: `decay` and `angle` `(R,)`, and `is_sine` `(R,)`, bool."""
+
+    decay: torch.Tensor
+    angle: torch.Tensor
+    is_sine: torch.Tensor
+
+    def powers(self, exponents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Real and imaginary part of eigenvalue^n, each `(R, *exponents.shape)`; the angle of a regular REM is zero."""
+        exponents = exponents.to(self.decay.dtype)
+        shape = (-1,) + (1,) * exponents.dim()
+        magnitude = self.decay.view(shape) ** exponents
+        phase = self.angle.view(shape) * exponents
+        return magnitude * torch.cos(phase), magnitude * torch.sin(phase)
+
+    def entries(self, steps: torch.Tensor) -> torch.Tensor:
+        """P[i, j] for n = `steps`, zero where n < 1: `(R, *steps.shape)`."""
+        cosine, sine = self.powers(steps.clamp(min=1))
+        values = torch.where(self.is_sine.view((-1,) + (1,) * steps.dim()), sine, cosine)
+        return values.masked_fill(steps < 1, 0)
+
+
+def rem_matrix(heads: RemHeads, positions: torch.Tensor, length: int, dilation: int, is_causal: bool) -> torch.Tensor:
+    """
+    P itself, the definition. `positions` `(T,)` are the queries' rows, the keys stand at 0 to `length` - 1:
+    `(R, T, length)`.
+    """
+    distance = positions[:, None] - torch.arange(length, device=positions.device)  # (T, L)
+    if not is_causal:
+        distance = distance.abs()
+    steps = torch.where(distance % dilation == 0, distance // dilation, 0)
+    return heads.entries(steps)
+
+
+def rem_rows(heads: RemHeads, values: torch.Tensor, positions: torch.Tensor, dilation: int) -> torch.Tensor:
+    """The rows `positions` `(T,)` of the causal P, times values `(B, R, L, d)`: `(B, R, T, d)`. For decoding."""
+    matrix = rem_matrix(heads, positions, values.shape[2], dilation, is_causal=True)
+    return matrix.to(values.dtype) @ values
+
+
+def chunk_length(steps: int) -> int:
+    """Positions a chunk: 64, or for long sequences the power of two near sqrt(steps), which keeps memory O(L)."""
+    return max(64, 2 ** round(math.log2(max(steps, 1)) / 2))
+
+
+class ChunkTables(NamedTuple):
+    """What `rem_scan` multiplies with, for chunks of C positions, N of them, in the values' dtype."""
+
+    inside: torch.Tensor  # (R, C, C) P within a chunk
+    collect: torch.Tensor  # (R, 2, C) a chunk's values -> its complex state (real, imaginary) at the chunk's end
+    carry: torch.Tensor  # (R, 2, N, 2, N) the states of earlier chunks -> the state at each chunk's start
+    spread: torch.Tensor  # (R, C, 2) the state at the chunk's start -> its rows
+
+    @classmethod
+    def make(cls, heads: RemHeads, chunk: int, chunks: int, dtype: torch.dtype) -> "ChunkTables":
+        rows = torch.arange(chunk, device=heads.decay.device)
+        inside = heads.entries(rows[:, None] - rows)
+        collect = torch.stack(heads.powers(chunk - rows), dim=1)
+        order = torch.arange(chunks, device=heads.decay.device)
+        gap = order[:, None] - order - 1  # chunks between the end of one and the start of another
+        real, imaginary = heads.powers(chunk * gap.clamp(min=0))
+        real, imaginary = real.masked_fill(gap < 0, 0), imaginary.masked_fill(gap < 0, 0)
+        carry = torch.stack([torch.stack([real, -imaginary], dim=2), torch.stack([imaginary, real], dim=2)], dim=1)
+        real, imaginary = heads.powers(rows)
+        is_sine = heads.is_sine[:, None]
+        spread = torch.stack([torch.where(is_sine, imaginary, real), torch.where(is_sine, real, -imaginary)], dim=2)
+        return cls(inside.to(dtype), collect.to(dtype), carry.to(dtype), spread.to(dtype))
+
+
+def rem_scan(
+    heads: RemHeads, values: torch.Tensor, dilation: int, segment_ids: torch.Tensor | None = None
+) -> torch.Tensor:
+    """
+    The causal P times values, in O(L) memory.
+
+    A REM dilated by m keeps m interleaved streams, one for each remainder of the position: position (c C + a) m + r is
+    row a of chunk c of stream r, so the streams are one more axis and cost nothing.
+
+    Args:
+        values (`(B, R, L, d)`): zero where padded.
+        segment_ids (`(B, L)`, *optional*): packed sequences; nothing crosses from one id to another.
+
+    Returns:
+        `(B, R, L, d)`: P V.
+    """
+    batch, num_heads, length, dim = values.shape
+    chunk = min(chunk_length(-(-length // dilation)), -(-length // dilation))
+    chunks = -(-length // (chunk * dilation))
+    padding = chunks * chunk * dilation - length
+    values = F.pad(values, (0, 0, 0, padding)).view(batch, num_heads, chunks, chunk, dilation, dim)
+    tables = ChunkTables.make(heads, chunk, chunks, values.dtype)
+    if segment_ids is None:
+        product = _scan(tables, values)
+    else:
+        segment_ids = F.pad(segment_ids, (0, padding), value=-1).view(batch, chunks, chunk, dilation)
+        product = _scan_packed(tables, values, segment_ids)
+    return product.reshape(batch, num_heads, chunks * chunk * dilation, dim)[:, :, :length]
+
+
+def _scan(tables: ChunkTables, values: torch.Tensor) -> torch.Tensor:
+    """`rem_scan` on values `(B, R, N, C, m, d)`: four batched products, one head a batch."""
+    batch, num_heads, chunks, chunk, dilation, dim = values.shape
+    columns = values.permute(1, 3, 2, 0, 4, 5).reshape(num_heads, chunk, -1)  # (R, C, N B m d)
+    product = tables.inside @ columns
+    if chunks > 1:
+        states = (tables.collect @ columns).view(num_heads, 2 * chunks, -1)  # (R, 2 N, B m d)
+        states = tables.carry.reshape(num_heads, 2 * chunks, 2 * chunks) @ states
+        product = torch.baddbmm(product, tables.spread, states.view(num_heads, 2, -1))
+    return product.view(num_heads, chunk, chunks, batch, dilation, dim).permute(3, 0, 2, 1, 4, 5)
+
+
+def _scan_packed(tables: ChunkTables, values: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
+    """
+    `rem_scan` on values `(B, R, N, C, m, d)` and ids `(B, N, C, m)`. Only the sequence that runs over a chunk's end can
+    reach a later chunk, so each state belongs to the id of its chunk's last position.
+    """
+    values = values.permute(1, 0, 4, 2, 3, 5)  # (R, B, m, N, C, d)
+    ids = segment_ids.permute(0, 3, 1, 2)  # (B, m, N, C)
+    last = ids[..., -1]  # (B, m, N)
+    before = F.pad(last, (1, 0), value=-2)[..., :-1]  # the id that runs into each chunk
+    same = ids[..., :, None] == ids[..., None, :]  # (B, m, N, C, C)
+    product = (tables.inside[:, None, None, None] * same) @ values
+    open_end = (ids == last[..., None])[..., None, :]  # (B, m, N, 1, C)
+    states = (tables.collect[:, None, None, None] * open_end) @ values  # (R, B, m, N, 2, d)
+    alive = (before[..., :, None] == last[..., None, :])[:, :, None, :, None, :]  # (B, m, 1, N, 1, N)
+    carry = tables.carry[:, None, None] * alive  # (R, B, m, 2, N, 2, N)
+    states = torch.einsum("rbmxnyk,rbmkyd->rbmnxd", carry, states)
+    reached = (ids == before[..., None])[..., None]  # (B, m, N, C, 1)
+    product = product + (tables.spread[:, None, None, None] * reached) @ states
+    return product.permute(1, 0, 3, 4, 2, 5)
+
+
+class RecurrenceEncoding(nn.Module):
+    """
+    The REMs of one attention layer and their gate.
+
+    Learned: `eta`, one for each regular head; `nu` and `theta`, one for each pair of a first and a second cyclical head,
+    which come from one complex eigenvalue pair; `mu`, one a layer or one a head. The n-th first and the n-th second
+    cyclical head form a pair, those without and those with dilation counted apart; a head without partner has its own.
+
+    Args:
+        rem_heads: `(head, kind, dilation)` of each REM head, from [`RTransformerConfig.layer_rem_heads`].
+        num_attention_heads: H, the plain heads included.
+        gate: `"layer"` or `"head"`.
+        is_causal: the masked form P, or else P + P'.
+    """
+
+    def __init__(self, rem_heads: list[tuple[int, str, int]], num_attention_heads: int, gate: str, is_causal: bool):
+        super().__init__()
+        # Heads of one dilation are computed together: ordered by dilation they are slices.
+        rem_heads = sorted(rem_heads, key=lambda head: head[2])
+        self.num_attention_heads = num_attention_heads
+        self.is_causal = is_causal
+        self.head_indices = [head for head, _, _ in rem_heads]
+        self.kinds = [kind for _, kind, _ in rem_heads]
+        self.dilations = [dilation for _, _, dilation in rem_heads]
+        self.eigenvalue_indices, num_regular, num_pairs = self._share_eigenvalues(rem_heads)
+        self.eta = nn.Parameter(torch.empty(num_regular))
+        self.nu = nn.Parameter(torch.empty(num_pairs))
+        self.theta = nn.Parameter(torch.empty(num_pairs))
+        self.mu = nn.Parameter(torch.empty(1 if gate == "layer" else len(rem_heads)))
+        for name, index in self.index_buffers().items():
+            self.register_buffer(name, index, persistent=False)
+
+    @staticmethod
+    def _share_eigenvalues(rem_heads: list[tuple[int, str, int]]) -> tuple[list[int], int, int]:
+        """For each head the index of its eigenvalue in (regular ones, then pairs), and the number of both."""
+        num_regular = sum(kind == "regular" for _, kind, _ in rem_heads)
+        indices = {}
+        regular, pairs = 0, {}
+        counts = {}
+        for head, kind, dilation in sorted(rem_heads):
+            if kind == "regular":
+                indices[head] = regular
+                regular += 1
+                continue
+            group = (kind, dilation > 1)
+            counts[group] = counts.get(group, 0) + 1
+            pair = (dilation > 1, counts[group])
+            indices[head] = num_regular + pairs.setdefault(pair, len(pairs))
+        return [indices[head] for head, _, _ in rem_heads], num_regular, len(pairs)
+
+    def index_buffers(self) -> dict[str, torch.Tensor]:
+        """The constants that say which head is what; not saved, so they are set again after loading."""
+        return {
+            "head_index": torch.tensor(self.head_indices),
+            "eigenvalue_index": torch.tensor(self.eigenvalue_indices),
+            "is_sine": torch.tensor([kind == "second_cyclical" for kind in self.kinds]),
+        }
+
+    def heads(self) -> RemHeads:
+        """The eigenvalues of the R heads, ordered by dilation, in float32 or better whatever the model's dtype."""
+        dtype = torch.promote_types(self.mu.dtype, torch.float32)
+        eta, nu, theta = self.eta.to(dtype), self.nu.to(dtype), self.theta.to(dtype)
+        decay = torch.cat([torch.tanh(eta), torch.sigmoid(nu)])[self.eigenvalue_index]
+        angle = torch.cat([torch.zeros_like(eta), theta])[self.eigenvalue_index]
+        return RemHeads(decay, angle, self.is_sine)
+
+    def gates(self) -> torch.Tensor:
+        """gate = sigmoid(mu) of each of the H attention heads, zero for a plain one: `(H,)`, at least float32."""
+        gate = torch.sigmoid(self.mu.to(torch.promote_types(self.mu.dtype, torch.float32)))
+        return gate.new_zeros(self.num_attention_heads).index_copy(0, self.head_index, gate.expand(len(self.kinds)))
+
+    def _by_dilation(self) -> list[tuple[int, slice]]:
+        """`(dilation, heads)` of each group of REM heads with one dilation."""
+        return [
+            (m, slice(self.dilations.index(m), self.dilations.index(m) + self.dilations.count(m)))
+            for m in dict.fromkeys(self.dilations)
+        ]
+
+    def matrix(self, positions: torch.Tensor, length: int, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        P of all H heads, zero for a plain one.
+
+        Args:
+            positions (`(T,)`): the queries' rows; the keys stand at 0 to `length` - 1.
+            segment_ids (`(B, L)`, *optional*): packed sequences, with as many queries as keys.
+
+        Returns:
+            `(1, H, T, length)`, or `(B, H, T, length)` with `segment_ids`.
+        """
+        heads = self.heads()
+        groups = [
+            rem_matrix(RemHeads(*(field[group] for field in heads)), positions, length, dilation, self.is_causal)
+            for dilation, group in self._by_dilation()
+        ]
+        matrix = heads.decay.new_zeros(self.num_attention_heads, len(positions), length)
+        matrix = matrix.index_copy(0, self.head_index, torch.cat(groups))[None]
+        if segment_ids is not None:
+            matrix = matrix * (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        return matrix
+
+    def product(
+        self, values: torch.Tensor, positions: torch.Tensor | None = None, segment_ids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        P V of the R heads that have a REM, ordered by dilation.
+
+        Args:
+            values (`(B, H, L, d)`): of all heads, zero where padded.
+            positions (`(T,)`, *optional*): rows of the queries among the keys; all L of them if None.
+
+        Returns:
+            `(B, R, T, d)`.
+        """
+        values = values.index_select(1, self.head_index)
+        heads = self.heads()
+        products = []
+        for dilation, group in self._by_dilation():
+            group_heads = RemHeads(*(field[group] for field in heads))
+            group_values = values[:, group]
+            if positions is None:
+                products.append(self._whole(group_heads, group_values, dilation, segment_ids))
+            elif len(positions) <= chunk_length(values.shape[2]):
+                products.append(rem_rows(group_heads, group_values, positions, dilation))
+            else:  # as many products as a scan has, which keeps no T x L matrix
+                products.append(rem_scan(group_heads, group_values, dilation).index_select(2, positions))
+        return torch.cat(products, dim=1)
+
+    def _whole(self, heads: RemHeads, values: torch.Tensor, dilation: int, segment_ids: torch.Tensor | None):
+        product = rem_scan(heads, values, dilation, segment_ids)
+        if self.is_causal:
+            return product
+        reverse_ids = None if segment_ids is None else segment_ids.flip(1)
+        return product + rem_scan(heads, values.flip(2), dilation, reverse_ids).flip(2)
+
+    def forward(
+        self,
+        attention_output: torch.Tensor,
+        values: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        (1 - gate) * softmax(...) V + gate * P V for each head; a plain head is left as it is.
+
+        Args:
+            attention_output (`(B, T, H, d)`): softmax(Q K' / sqrt(d)) V.
+            values, positions, segment_ids: as in [`RecurrenceEncoding.product`].
+
+        Returns:
+            `(B, T, H, d)`.
+        """
+        gates = self.gates().to(attention_output.dtype)
+        product = self.product(values, positions, segment_ids).transpose(1, 2)  # (B, T, R, d)
+        mixed = attention_output * (1 - gates)[:, None]
+        return mixed.index_add(2, self.head_index, product * gates[self.head_index][:, None])
+
+    def mixing_matrix(
+        self,
+        attention_weights: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        (1 - gate) * softmax(...) + gate * P, the matrix that multiplies the values: `(B, H, T, L)`, from attention
+        weights of that shape.
+        """
+        queries, length = attention_weights.shape[2:]
+        if positions is None:
+            positions = torch.arange(queries, device=attention_weights.device)
+        gates = self.gates()[:, None, None]
+        mixed = (1 - gates) * attention_weights + gates * self.matrix(positions, length, segment_ids)
+        return mixed.to(attention_weights.dtype)
+
+    def extra_repr(self) -> str:
+        heads = zip(self.head_indices, self.kinds, self.dilations)
+        return ", ".join(f"{head}: {kind}" + (f"/{m}" if m > 1 else "") for head, kind, m in sorted(heads))
