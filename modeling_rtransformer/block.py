@@ -47,6 +47,25 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class OriginalLayerNorm(nn.LayerNorm):
+    """
+    weight * (x - mean) / (unbiased standard deviation + eps) + bias over the last dimension, the LayerNorm of the
+    published R-Transformer code. It is `nn.LayerNorm` with a weight sqrt((D - 1) / D) times as large, up to eps, which
+    shows where the standard deviation is small: at the embeddings.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        std, mean = torch.std_mean(hidden, dim=-1, keepdim=True)
+        return (self.weight * ((hidden - mean) / (std + self.eps)) + self.bias).to(hidden_states.dtype)
+
+
+def make_layer_norm(config: RTransformerConfig) -> nn.LayerNorm:
+    """The LayerNorm that the config asks for, over the hidden size."""
+    layer_norm = OriginalLayerNorm if config.layer_norm_type == "original" else nn.LayerNorm
+    return layer_norm(config.hidden_size, eps=config.layer_norm_eps)
+
+
 class RTransformerLocalRNN(nn.Module):
     """
     LocalRNN sublayer: padding and the cached window before the LocalRNN; in a bidirectional model the sum of two, the
@@ -185,13 +204,11 @@ class RTransformerBlock(GradientCheckpointingLayer):
         self.local_rnns = nn.ModuleList(
             RTransformerLocalRNN(config, layer_idx, rnn_idx) for rnn_idx in range(config.num_local_rnns)
         )
-        self.local_rnn_norms = nn.ModuleList(
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) for _ in range(config.num_local_rnns)
-        )
+        self.local_rnn_norms = nn.ModuleList(make_layer_norm(config) for _ in range(config.num_local_rnns))
         self.self_attn = RTransformerAttention(config, layer_idx)
-        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn_norm = make_layer_norm(config)
         self.mlp = RTransformerMLP(config)
-        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp_norm = make_layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(

@@ -12,6 +12,7 @@ LOCAL_RNN_TYPES = ("gru", "lstm", "rnn")
 REM_KINDS = ("none", "regular", "first_cyclical", "second_cyclical")
 REM_GATES = ("layer", "head")
 POSITION_EMBEDDINGS = ("none", "sinusoidal")
+LAYER_NORM_TYPES = ("standard", "original")
 
 # Where the Auto classes of a machine without this package find the code, in the Hub repository of a checkpoint.
 AUTO_MAP = {
@@ -81,7 +82,8 @@ def rem_heads(
     plain = num_attention_heads - len(kinds) - len(dilated)
     if plain < 0:
         raise ValueError(
-            f"the REM heads must be at most `num_attention_heads` ({num_attention_heads}), got {len(kinds) + len(dilated)}"
+            f"the REM heads must be at most `num_attention_heads` ({num_attention_heads}), "
+            f"got {len(kinds) + len(dilated)}"
         )
     return {
         "rem_kinds": kinds + dilated + ["none"] * plain,
@@ -118,7 +120,10 @@ class RTransformerConfig(PreTrainedConfig):
             `"sinusoidal"` adds the sinusoids of Vaswani et al. 2017 (section 3.5) to the scaled embeddings, `"none"`
             leaves the order to the LocalRNN and the REMs.
         final_norm (`bool`, defaults to `True`): a LayerNorm after the last block; the original R-Transformer has none.
-        layer_norm_eps (`float`, defaults to 1e-5): added to the variance in each LayerNorm.
+        layer_norm_type (`str`, defaults to `"standard"`):
+            `"standard"` is `torch.nn.LayerNorm`; `"original"` divides by the unbiased standard deviation plus
+            `layer_norm_eps`, as the published R-Transformer code does, for checkpoints converted from it.
+        layer_norm_eps (`float`, defaults to 1e-5): added to the variance, or to the standard deviation, in LayerNorms.
         num_input_features (`int`, *optional*):
             If set, the input is `input_values` of shape `(batch, length, num_input_features)`, mapped by a linear
             layer in place of the token embedding; there is then no token embedding to tie.
@@ -174,6 +179,7 @@ class RTransformerConfig(PreTrainedConfig):
     rem_layers: list[int] | None = None
     position_embedding: str = "none"
     final_norm: bool = True
+    layer_norm_type: str = "standard"
     layer_norm_eps: float = 1e-5
     num_input_features: int | None = None
     tie_word_embeddings: bool = True
@@ -219,6 +225,7 @@ class RTransformerConfig(PreTrainedConfig):
         self._require_name("local_rnn_type", LOCAL_RNN_TYPES)
         self._require_name("rem_gate", REM_GATES)
         self._require_name("position_embedding", POSITION_EMBEDDINGS)
+        self._require_name("layer_norm_type", LAYER_NORM_TYPES)
         self._require(
             self.position_embedding == "none" or self.hidden_size % 2 == 0,
             "hidden_size",
@@ -237,7 +244,8 @@ class RTransformerConfig(PreTrainedConfig):
             for head, kind in enumerate(self.rem_kinds):
                 if kind not in REM_KINDS:
                     raise ValueError(
-                        f"`rem_kinds[{head}]` must be one of {', '.join(REM_KINDS)}, got {kind!r}{nearest(kind, REM_KINDS)}"
+                        f"`rem_kinds[{head}]` must be one of {', '.join(REM_KINDS)}, "
+                        f"got {kind!r}{nearest(kind, REM_KINDS)}"
                     )
         dilations = self.rem_dilations
         if isinstance(dilations, list):

@@ -39,7 +39,7 @@ def local_rnn_reference(
 
 
 def gru_step(projected: torch.Tensor, recurrent: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
-    """One GRU step. `projected` W_x x + b_x and `recurrent` W_h h + b_h are `(..., 3 D)`, `hidden` `(..., D)` or zero."""
+    """One GRU step: h `(..., D)`, from W_x x + b_x and W_h h + b_h, both `(..., 3 D)`, and the old h or None for 0."""
     reset_x, update_x, new_x = projected.chunk(3, dim=-1)
     reset_h, update_h, new_h = recurrent.chunk(3, dim=-1)
     reset = torch.sigmoid(reset_x + reset_h)
@@ -135,7 +135,7 @@ class LocalRNN(nn.Module):
     def forward(self, inputs: torch.Tensor, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
         """
         Args:
-            inputs (`(B, K - 1 + L, D)`): the K - 1 inputs before the sequence (zeros, or from the cache), then L inputs.
+            inputs (`(B, K - 1 + L, D)`): the K - 1 inputs before the sequence (zeros, or from the cache), then the L.
             segment_ids (`(B, L)`, *optional*): equal ids mark the positions of one packed sequence.
 
         Returns:

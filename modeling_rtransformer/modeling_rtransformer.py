@@ -39,7 +39,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .block import RTransformerAttention, RTransformerBlock
+from .block import RTransformerAttention, RTransformerBlock, make_layer_norm
 from .configuration_rtransformer import RTransformerConfig
 from .local_rnn import LocalRNN
 from .positions import packed_segment_ids, positions_in_sequence, sinusoidal_positions
@@ -125,7 +125,7 @@ class RTransformerModel(RTransformerPreTrainedModel):
         self.layers = nn.ModuleList(
             RTransformerBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_norm else nn.Identity()
+        self.norm = make_layer_norm(config) if config.final_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -231,27 +231,28 @@ class RTransformerModel(RTransformerPreTrainedModel):
     ) -> torch.Tensor:
         """`(B, T, D)` from the one input that is given."""
         features = self.config.num_input_features
-        expected = "input_ids" if features is None else "input_values"
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "input_values": input_values}
         given = {name: value for name, value in given.items() if value is not None}
-        if len(given) != 1 or next(iter(given)) not in (expected, "inputs_embeds"):
+        widths = {"inputs_embeds": ("hidden_size", self.config.hidden_size)}
+        if features is None:
+            widths["input_ids"] = None
+        else:
+            widths["input_values"] = ("num_input_features", features)
+        if len(given) != 1 or not given.keys() <= widths.keys():
             raise ValueError(
-                f"exactly one of `{expected}` and `inputs_embeds` must be given (`num_input_features` is {features}), "
-                f"got {' and '.join(given) or 'neither'}"
+                f"exactly one of {' and '.join(f'`{name}`' for name in widths)} must be given "
+                f"(`num_input_features` is {features}), got {' and '.join(given) or 'neither'}"
             )
-        if input_ids is not None:
-            check_ids("input_ids", input_ids, self.config.vocab_size, "`vocab_size`")
-            return self.embed_tokens(input_ids)
-        width = self.config.hidden_size if inputs_embeds is not None else features
-        (name, values), field = (
-            next(iter(given.items())),
-            "hidden_size" if inputs_embeds is not None else "num_input_features",
-        )
+        [(name, values)] = given.items()
+        if name == "input_ids":
+            check_ids("input_ids", values, self.config.vocab_size, "`vocab_size`")
+            return self.embed_tokens(values)
+        field, width = widths[name]
         if values.dim() != 3 or values.shape[-1] != width:
             raise ValueError(
-                f"`{name}` must have the shape (batch, length, {width}) (`{field}` is {width}), got {tuple(values.shape)}"
+                f"`{name}` must have the shape (batch, length, `{field}` = {width}), got {tuple(values.shape)}"
             )
-        return inputs_embeds if inputs_embeds is not None else self.embed_values(input_values)
+        return values if name == "inputs_embeds" else self.embed_values(values)
 
 
 class RTransformerForCausalLM(RTransformerPreTrainedModel, GenerationMixin):

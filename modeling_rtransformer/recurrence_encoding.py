@@ -12,8 +12,9 @@ included), a REM dilated by m, where s is divisible by m and zero where not, has
     second cyclical    P[i, j] = decay^n * sin(n * angle)
 
 The unmasked (bidirectional) form is P + P'. Since P[i, j] depends on i - j alone and is a power, P V needs no L x L
-matrix: inside a chunk of C positions it is one small Toeplitz product for all chunks, and what came before the chunk is
-summed up in one complex state, so memory is O(L) (`rem_scan`). A query against cached values is a row of P (`rem_rows`).
+matrix: inside a chunk of C positions it is one small Toeplitz product for all chunks, and what came before the chunk
+is summed up in one complex state, so memory is O(L) (`rem_scan`). A query against cached values is a row of P
+(`rem_rows`).
 
 Source: Huang et al. 2023, "Encoding Recurrence into Transformers" (ICLR 2023), sections 2.2, 3.1 and 3.2.
 """
@@ -164,9 +165,10 @@ class RecurrenceEncoding(nn.Module):
     """
     The REMs of one attention layer and their gate.
 
-    Learned: `eta`, one for each regular head; `nu` and `theta`, one for each pair of a first and a second cyclical head,
-    which come from one complex eigenvalue pair; `mu`, one a layer or one a head. The n-th first and the n-th second
-    cyclical head form a pair, those without and those with dilation counted apart; a head without partner has its own.
+    Learned: `eta`, one for each regular head; `nu` and `theta`, one for each pair of a first and a second cyclical
+    head, which come from one complex eigenvalue pair; `mu`, one a layer or one a head. The n-th first and the n-th
+    second cyclical head form a pair, those without and those with dilation counted apart; a head without partner has
+    its own.
 
     Args:
         rem_heads: `(head, kind, dilation)` of each REM head, from [`RTransformerConfig.layer_rem_heads`].

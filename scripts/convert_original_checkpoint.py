@@ -1,0 +1,211 @@
+"""
+Convert a checkpoint of the original R-Transformer code into a model that `from_pretrained` loads.
+
+    python scripts/convert_original_checkpoint.py model.pt converted/ --num-attention-heads 8 --local-window 7
+
+Reads a PyTorch file (a state dict; with `weights_only=True`, so no code in it is run) or a safetensors file. Widths,
+numbers of blocks and of LocalRNNs, the RNN type, the vocabulary or the number of labels and the tying of embeddings are
+inferred from the parameters; heads and window leave no trace in them and must be said, and so must the task of a piano
+roll model (`--task token-classification`), whose parameters look like a classifier's. The parameters that the original
+forward pass never uses are left behind and listed.
+
+Source: the code published with Wang et al. 2019 (arXiv 1907.05572).
+"""
+
+import argparse
+import json
+import pickle
+import re
+import sys
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
+
+import torch
+from safetensors.torch import load_file
+
+from modeling_rtransformer import (
+    RTransformerConfig,
+    RTransformerForCausalLM,
+    RTransformerForSequenceClassification,
+    RTransformerForTokenClassification,
+    RTransformerPreTrainedModel,
+)
+
+
+RNN_TYPES = {1: "rnn", 3: "gru", 4: "lstm"}  # by the number of gates
+TASKS = {
+    "causal-lm": RTransformerForCausalLM,
+    "sequence-classification": RTransformerForSequenceClassification,
+    "token-classification": RTransformerForTokenClassification,
+}
+# The original code makes these and never uses them in a forward pass.
+UNUSED = re.compile(r"rt\.norm\.|rt\.feed_forward\.|rt\.forward_net\.\d+\.layers\.\d+\.local_rnn\.output\.")
+BLOCK_NAMES = (
+    (r"layers\.(\d+)\.connection\.norm", r"local_rnn_norms.\1"),
+    (r"layers\.(\d+)\.local_rnn\.rnn\.(weight|bias)_ih_l0", r"local_rnns.\1.rnn.input_proj.\2"),
+    (r"layers\.(\d+)\.local_rnn\.rnn\.(weight|bias)_hh_l0", r"local_rnns.\1.rnn.recurrent_proj.\2"),
+    (r"connections\.0\.norm", "self_attn_norm"),
+    (r"connections\.1\.norm", "mlp_norm"),
+    (r"pooling\.linears\.0", "self_attn.q_proj"),
+    (r"pooling\.linears\.1", "self_attn.k_proj"),
+    (r"pooling\.linears\.2", "self_attn.v_proj"),
+    (r"pooling\.linears\.3", "self_attn.o_proj"),
+    (r"feed_forward\.w_1", "mlp.up_proj"),
+    (r"feed_forward\.w_2", "mlp.down_proj"),
+)
+
+
+def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    """The parameters in a safetensors or PyTorch file, without a `module.` or `state_dict.` before their names."""
+    if not path.is_file():
+        raise FileNotFoundError(f"the checkpoint must be a file, got {path}")
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    else:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} holds more than tensors (the original scripts save the whole model object), and running what "
+                "is in a file is not safe. In the original environment write its parameters alone: "
+                "torch.save(model.state_dict(), 'model.pt')"
+            ) from error
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} must hold a state dict, parameter names to tensors, got {type(state).__name__}")
+    if any(name.startswith("state_dict.") for name in state):
+        state = {name: value for name, value in state.items() if name.startswith("state_dict.")}
+    return {re.sub(r"^(state_dict\.|module\.)+", "", name): value for name, value in state.items()}
+
+
+def infer_config(state: dict[str, torch.Tensor], task: str, **given) -> RTransformerConfig:
+    """The configuration that the shapes of the original parameters tell; `given` fields are taken as they are."""
+    blocks = {int(m[1]) for name in state if (m := re.match(r"rt\.forward_net\.(\d+)\.", name))}
+    if not blocks or "encoder.weight" not in state:
+        raise ValueError(
+            "not a checkpoint of the original R-Transformer: there must be `encoder.weight` and `rt.forward_net.0.*`, "
+            f"got {', '.join(sorted(state)[:5]) or 'no parameters'}"
+        )
+    rnns = {int(m[1]) for name in state if (m := re.match(r"rt\.forward_net\.0\.layers\.(\d+)\.", name))}
+    gates_and_width = state["rt.forward_net.0.layers.0.local_rnn.rnn.weight_hh_l0"].shape
+    hidden_size = gates_and_width[1]
+    head = "decoder" if task == "causal-lm" else "linear"
+    if f"{head}.weight" not in state:
+        raise ValueError(
+            f"`{head}.weight` is missing, which a {task} checkpoint has; is it of another task "
+            f"({', '.join(other for other in TASKS if other != task)})?"
+        )
+    fields = {
+        "hidden_size": hidden_size,
+        "intermediate_size": state["rt.forward_net.0.feed_forward.w_1.weight"].shape[0],
+        "num_hidden_layers": len(blocks),
+        "num_local_rnns": len(rnns),
+        "local_rnn_type": RNN_TYPES[gates_and_width[0] // hidden_size],
+        "hidden_act": "relu",
+        "final_norm": False,
+        "layer_norm_type": "original",
+        "layer_norm_eps": 1e-6,
+        "lm_head_bias": True,
+    }
+    if task == "causal-lm":
+        fields["vocab_size"] = state["encoder.weight"].shape[0]
+        fields["tie_word_embeddings"] = torch.equal(state["encoder.weight"], state["decoder.weight"])
+    else:
+        fields["num_input_features"] = state["encoder.weight"].shape[1]
+        fields["num_labels"] = state["linear.weight"].shape[0]
+    if task == "token-classification":
+        fields["problem_type"] = "multi_label_classification"
+    return RTransformerConfig(**{**fields, **given})
+
+
+def convert_names(state: dict[str, torch.Tensor], task: str) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The parameters under our names, and the unused ones' original names."""
+    converted, unused = {}, []
+    for name, value in state.items():
+        if UNUSED.match(name):
+            unused.append(name)
+            continue
+        new_name = name
+        if block := re.match(r"rt\.forward_net\.(\d+)\.(.*)", name):
+            new_name = block[2]
+            for pattern, replacement in BLOCK_NAMES:
+                new_name = re.sub(rf"^{pattern}", replacement, new_name)
+            new_name = f"model.layers.{block[1]}.{new_name}"
+        elif task == "causal-lm":
+            new_name = name.replace("encoder.", "model.embed_tokens.").replace("decoder.", "lm_head.")
+        else:
+            new_name = name.replace("encoder.", "model.embed_values.").replace("linear.", "score.")
+        converted[new_name.replace(".a_2", ".weight").replace(".b_2", ".bias")] = value
+    return converted, unused
+
+
+def infer_task(state: dict[str, torch.Tensor]) -> str:
+    """A language model has a decoder; a classifier's and a frame labeller's parameters have the same names."""
+    return "causal-lm" if "decoder.weight" in state else "sequence-classification"
+
+
+def convert(
+    state: dict[str, torch.Tensor], task: str | None = None, **given
+) -> tuple[RTransformerPreTrainedModel, list[str]]:
+    """
+    Args:
+        state: the original parameters, from [`read_state_dict`].
+        task: one of `TASKS`; None for a language model or, without a decoder, sequence classification.
+        given: fields of [`RTransformerConfig`]; `num_attention_heads` and `local_window` are needed.
+
+    Returns:
+        The model, in evaluation mode, and the names of the parameters that the original never used.
+
+    Raises:
+        ValueError: parameters that are missing, unknown or of another shape than the others tell.
+    """
+    task = task or infer_task(state)
+    config = infer_config(state, task, **given)
+    converted, unused = convert_names(state, task)
+    model = TASKS[task](config).eval()
+    expected = model.state_dict()
+    missing, unknown = sorted(expected.keys() - converted.keys()), sorted(converted.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"the checkpoint does not fit a {task} model: missing {', '.join(missing) or 'nothing'}, "
+            f"unknown {', '.join(unknown) or 'nothing'}"
+        )
+    model.load_state_dict(converted)
+    return model, unused
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="state dict of the original code, .pt or .safetensors")
+    parser.add_argument("output_dir", type=Path, help="folder for the converted model, new or empty")
+    parser.add_argument("--task", choices=TASKS, help="what the model does; inferred, except for piano rolls")
+    parser.add_argument("--num-attention-heads", type=int, required=True, help="heads (`h` in the original)")
+    parser.add_argument("--local-window", type=int, required=True, help="window (`ksize` in the original)")
+    args = parser.parse_args(argv)
+    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
+        parser.error(f"output_dir must be a new or empty folder, got {args.output_dir}")
+    try:
+        model, unused = convert(
+            read_state_dict(args.checkpoint),
+            args.task,
+            num_attention_heads=args.num_attention_heads,
+            local_window=args.local_window,
+        )
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    model.save_pretrained(args.output_dir)
+    print(f"left {len(unused)} parameters that the original never used: {', '.join(unused)}", file=sys.stderr)
+    result = {
+        "output_dir": str(args.output_dir),
+        "class": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "unused": unused,
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
