@@ -1,0 +1,1 @@
+"""Programs run from a checkout, and what they share. Never installed."""

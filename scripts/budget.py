@@ -1,0 +1,63 @@
+"""A time budget for training: when to stop, and how the learning rate comes down by then."""
+
+import time
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+
+class TimeBudget(TrainerCallback, ExportableState):
+    """
+    Stops training after `max_seconds`, with a last evaluation and checkpoint, and notes the seconds in every log entry.
+
+    The learning rate follows its schedule at `max(step / max_steps, seconds / max_seconds)`, so a schedule that ends at
+    zero is near zero when the time is up. A warm-up given as a share of the steps is a share of the time then.
+
+    The seconds count on over a resume. With several processes, the first one's clock decides for all of them.
+
+    Args:
+        max_seconds: None for no limit; then only the seconds are noted.
+    """
+
+    def __init__(self, max_seconds: float | None = None) -> None:
+        self.max_seconds = max_seconds
+        self.seconds_before = 0.0  # of the runs that this one resumes
+        self.started: float | None = None
+        self.shared_seconds = 0.0  # the first process's clock at the last step
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training so far, those before a resume included."""
+        return self.seconds_before + (time.monotonic() - self.started if self.started is not None else 0.0)
+
+    def state(self) -> dict:
+        return {"args": {"max_seconds": self.max_seconds}, "attributes": {"seconds_before": self.seconds}}
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        self.started = time.monotonic()
+        self.shared_seconds = self.seconds_before
+        if self.max_seconds is not None and hasattr(lr_scheduler, "lr_lambdas"):
+            lr_scheduler.lr_lambdas = [self._by_the_clock(factor, state) for factor in lr_scheduler.lr_lambdas]
+
+    def _by_the_clock(self, factor, state):
+        def at(step: int) -> float:
+            return factor(max(step, min(1.0, self.shared_seconds / self.max_seconds) * state.max_steps))
+
+        return at
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.max_seconds is None:
+            return
+        seconds = torch.tensor([self.seconds], device=args.device, dtype=torch.float32)
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.broadcast(seconds, src=0)
+        self.shared_seconds = seconds.item()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.max_seconds is not None and self.shared_seconds >= self.max_seconds:
+            control.should_training_stop = control.should_evaluate = control.should_save = True
+        return control
+
+    def on_log(self, args, state, control, **kwargs):
+        state.log_history[-1]["seconds"] = round(self.seconds, 2)

@@ -1,0 +1,99 @@
+"""Checkpoints on disk: which one is whole, loading one, and putting a finished folder in place at once."""
+
+import json
+import shutil
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+
+logger = logging.get_logger(__name__)
+
+
+def newest_complete(run: Path) -> Path | None:
+    """The whole checkpoint of the highest step in `run`; damaged ones are named in a warning and passed over."""
+    folders = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        problem = damage(folder)
+        if problem is None:
+            return folder
+        logger.warning(f"{folder} is damaged ({problem}); the checkpoint before it is used")
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What a kill or a full disk while saving has left wrong with a checkpoint of `Trainer`; None if nothing."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        weights = sorted(folder.glob("model*.safetensors"))
+        if (folder / "model.safetensors.index.json").is_file():
+            index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+            weights = sorted({folder / name for name in index["weight_map"].values()})
+        if not weights:
+            return "model.safetensors is missing"
+        for path in weights:
+            if _safetensors_size(path) != path.stat().st_size:
+                return f"{path.name} is cut off"
+    except (OSError, ValueError, KeyError) as error:
+        return str(error)
+    states = sorted(folder.glob("rng_state*.pth"))
+    for path in [folder / "optimizer.pt", folder / "scheduler.pt", *(states or [folder / "rng_state.pth"])]:
+        if not zipfile.is_zipfile(path):  # what torch.save writes is a zip archive, with its index at the end
+            return f"{path.name} is {'cut off' if path.is_file() else 'missing'}"
+    return None
+
+
+def _safetensors_size(path: Path) -> int:
+    """The size that the header of a safetensors file tells."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return (
+        8
+        + length
+        + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+    )
+
+
+def restore_callbacks(callbacks: Iterable[TrainerCallback], checkpoint: Path) -> None:
+    """
+    Give callbacks what they had remembered at the checkpoint.
+
+    `restore_callback_states_from_checkpoint` of `TrainingArguments` would also bring back their old settings, so that a
+    run could not be resumed with a longer budget.
+    """
+    saved = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).stateful_callbacks
+    for callback in callbacks:
+        if isinstance(callback, ExportableState):
+            for name, value in saved.get(type(callback).__name__, {}).get("attributes", {}).items():
+                setattr(callback, name, value)
+
+
+def load_model(auto_class, checkpoint: str | Path) -> PreTrainedModel:
+    """
+    Load a model of the task's kind.
+
+    Raises:
+        ValueError: the checkpoint lacks weights that this kind of model has, so it is of another model.
+    """
+    model, loading = auto_class.from_pretrained(str(checkpoint), output_loading_info=True)
+    if loading["missing_keys"]:
+        raise ValueError(
+            f"{checkpoint} is not a checkpoint for {auto_class.__name__}: it lacks "
+            f"{', '.join(sorted(loading['missing_keys'])[:3])}; its config names {model.config.architectures}"
+        )
+    return model
+
+
+def put_in_place(finished: Path, folder: Path) -> None:
+    """Rename a finished folder to `folder`, in place of one that is there, so that `folder` is never half-written."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    finished.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

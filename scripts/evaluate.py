@@ -1,0 +1,74 @@
+"""
+Score a trained model on a split of its recipe's data.
+
+    python scripts/evaluate.py runs/stdlib-code/final
+    python scripts/evaluate.py runs/stdlib-code/final --split validation --set task.eval_window=512
+
+CHECKPOINT is the final/ of a run, or any model with the recipe's training.toml beside it. The split has to be there as
+it was in training: the same files, the same Python for stdlib-code. Progress goes to stderr. The last line of stdout is
+one JSON object with the metrics.
+"""
+
+import sys
+from pathlib import Path
+
+
+if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import contextlib
+import json
+import tempfile
+
+from transformers import AutoTokenizer, TrainingArguments
+
+from scripts.checkpoints import load_model
+from scripts.recipe import read_recipe
+from scripts.report import commit, machine, versions
+from scripts.scoring import make_trainer, score
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="the folder of a saved model with its training.toml")
+    parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="a setting of training.toml, as section.key=value; may be repeated",
+    )  # fmt: skip
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Score; the result."""
+    options = parse_arguments(arguments)
+    try:
+        recipe = read_recipe(options.checkpoint.resolve(), options.overrides)
+        has_tokenizer = (options.checkpoint / "tokenizer_config.json").is_file()
+        tokenizer = AutoTokenizer.from_pretrained(options.checkpoint) if has_tokenizer else None
+        prepared = recipe.prepare(tokenizer=tokenizer, splits=(options.split,))
+        model = load_model(prepared.auto_class, options.checkpoint)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    with tempfile.TemporaryDirectory() as folder:  # Trainer wants one; nothing is written to it
+        kept = ("per_device_eval_batch_size", "use_cpu", "bf16", "bf16_full_eval", "dataloader_num_workers")
+        settings = {name: value for name, value in recipe.training.items() if name in kept}
+        trainer = make_trainer(model, TrainingArguments(output_dir=folder, **settings), prepared)
+        metrics = score(trainer, prepared, options.split, recipe.report.metrics)
+    return {
+        "checkpoint": options.checkpoint.name,
+        "split": options.split,
+        "metrics": metrics | prepared.compare(options.split),
+        "overrides": options.overrides,
+        "parameters": model.num_parameters(),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        result = main()
+    print(json.dumps(result))

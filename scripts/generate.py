@@ -1,0 +1,94 @@
+"""
+Write text with a trained language model.
+
+    python scripts/generate.py runs/stdlib-code/final --prompt "def read_file(path):"
+    python scripts/generate.py runs/stdlib-code/final --prompt "class " --temperature 0.6 --seed 3 --max-new-tokens 800
+
+CHECKPOINT is the final/ of a run, or the name of a model on the Hub. The prompt opens a new document. The text goes to
+stdout; its last line is one JSON object with the prompt, the completion and the settings.
+"""
+
+import sys
+from pathlib import Path
+
+
+if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import json
+import time
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+import modeling_rtransformer  # noqa: F401 - registers the model type
+from scripts.checkpoints import load_model
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="the folder of a saved language model, or its name on the Hub")
+    parser.add_argument("--prompt", required=True, help="the beginning of the text")
+    parser.add_argument("--max-new-tokens", type=int, default=400)
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0 for all")
+    parser.add_argument(
+        "--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this joint probability"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(arguments)
+
+
+def generate(options: argparse.Namespace) -> dict:
+    """Continue the prompt; the result."""
+    tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_model(AutoModelForCausalLM, options.checkpoint).eval().to(device)
+    prompt = tokenizer(options.prompt, add_special_tokens=False, return_tensors="pt").input_ids.long()
+    unknown = int((prompt == tokenizer.unk_token_id).sum()) if tokenizer.unk_token_id is not None else 0
+    if unknown:
+        print(f"{unknown} tokens of the prompt are not in the vocabulary; the model reads <unk>", file=sys.stderr)
+    prompt = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), prompt], dim=1).to(device)
+    sampling = {"do_sample": False}
+    if options.temperature > 0:
+        sampling = {
+            "do_sample": True,
+            "temperature": options.temperature,
+            "top_k": options.top_k,
+            "top_p": options.top_p,
+        }
+    never = [index for index in (tokenizer.unk_token_id, tokenizer.pad_token_id) if index is not None]
+    set_seed(options.seed)
+    started = time.monotonic()
+    output = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=options.max_new_tokens,
+        suppress_tokens=never,
+        **sampling,
+    )
+    new = output[0, prompt.shape[1] :]
+    return {
+        "prompt": options.prompt,
+        "completion": tokenizer.decode(new, skip_special_tokens=True),
+        "new_tokens": len(new),
+        "seconds": round(time.monotonic() - started, 2),
+        "seed": options.seed,
+        **sampling,
+    }
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Print the prompt with its continuation; the result."""
+    options = parse_arguments(arguments)
+    try:
+        result = generate(options)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(options.prompt + result["completion"])
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))

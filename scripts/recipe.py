@@ -1,0 +1,279 @@
+"""
+Recipes: a folder with `config.json` (the model, as `AutoConfig` reads it) and `training.toml` (everything else).
+
+A recipe is read into frozen dataclasses that refuse what they do not know, naming the key and the nearest valid one.
+`training.toml` has these sections:
+
+| section | its keys |
+|---|---|
+| `[task]` | `name`, one of `scripts/tasks/`, and the fields of that task's `Options` |
+| `[data]` | `source`, one of `scripts/sources/`, and the fields of that source's `Options` |
+| `[tokenizer]` | [`scripts.tokenization.Options`]; left out where the input is numbers |
+| `[training]` | any field of `transformers.TrainingArguments` except `output_dir`, over [`TRAINING_DEFAULTS`] |
+| `[budget]` | [`Budget`] |
+| `[report]` | [`Report`] |
+"""
+
+import dataclasses
+import json
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from datasets import DatasetDict
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
+
+from modeling_rtransformer.configuration_rtransformer import nearest
+from scripts.sources import SOURCES
+from scripts.tasks import TASKS
+from scripts.tasks.prepared import Prepared
+from scripts.tokenization import Options as TokenizerOptions
+
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
+SECTIONS = ("task", "data", "tokenizer", "training", "budget", "report")
+
+# Written into every saved config by Transformers, so a saved model's config.json is a recipe's config.json too.
+CONFIG_EXTRAS = ("model_type", "architectures", "transformers_version", "auto_map", "dtype", "_name_or_path")
+
+# AdamW, a short linear warm-up, a cosine down to zero, and the best checkpoint kept.
+TRAINING_DEFAULTS: dict[str, Any] = {
+    "optim": "adamw_torch",
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.02,  # below 1: a share of all steps
+    "eval_strategy": "steps",
+    "save_strategy": "steps",
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "include_num_input_tokens_seen": "all",
+    "use_cache": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """
+    When to stop before the steps run out.
+
+    Args:
+        max_seconds: stop after this time, evaluations included; the learning rate comes down with the clock. The time
+            of an interrupted run counts on when it is resumed.
+        early_stopping_patience: stop after this many evaluations without a better score.
+    """
+
+    max_seconds: float | None = None
+    early_stopping_patience: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_seconds", "early_stopping_patience"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"`budget.{name}` must be above 0, or left out for no limit, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """
+    What the result tells.
+
+    Args:
+        metrics: names of `scripts/metrics/`; the first one picks the best checkpoint.
+        compressors: of `gzip`, `bzip2` and `xz`, those to compare a language model's bits per character with.
+    """
+
+    metrics: list[str]
+    compressors: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One recipe, checked. `sections` holds the settings of `training.toml` with every override, as plain values."""
+
+    name: str
+    model: Mapping[str, Any]
+    task: Any
+    data: Any
+    tokenizer: TokenizerOptions | None
+    training: Mapping[str, Any]
+    budget: Budget
+    report: Report
+    sections: Mapping[str, Mapping[str, Any]]
+    overrides: tuple[str, ...] = ()
+
+    def config(self, **values: Any) -> PreTrainedConfig:
+        """The model's config: `config.json`, completed by what the task found in the data."""
+        settings = {**self.model, **values}
+        return CONFIG_MAPPING[settings.pop("model_type")](**settings)
+
+    def load_data(self) -> DatasetDict:
+        """The splits of the recipe's source."""
+        return SOURCES[self.data.source].load(self.data)
+
+    def prepare(self, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[str]) -> Prepared:
+        """The recipe's task with its data; the tokenizer is made where none is given."""
+        return TASKS[self.task.name].prepare(self, tokenizer, splits)
+
+    def save(self, folder: Path) -> None:
+        """Write `training.toml` into `folder`; beside a saved model's `config.json` this makes the folder a recipe."""
+        lines = []
+        for section, values in self.sections.items():
+            lines += [f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values.items()), ""]
+        (folder / "training.toml").write_text("\n".join(lines), encoding="utf-8")
+
+
+def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """
+    Read a recipe and apply `--set` overrides.
+
+    Args:
+        recipe: a folder of `configuration/` by name, or the path of any folder with the two files.
+        overrides: `section.key=value` in TOML, where a bare word is a string and the section `model` is `config.json`.
+
+    Raises:
+        ValueError, FileNotFoundError: the recipe is no such folder, a file is missing or cannot be parsed, or a
+            key or value is not valid; with the key, the value and the remedy.
+    """
+    folder = _folder(recipe)
+    model = _parse(folder / "config.json", json.loads)
+    sections = _parse(folder / "training.toml", tomllib.loads)
+    for override in overrides:
+        _override(override, model, sections)
+    _refuse_unknown(sections, SECTIONS, "section `[{}]` of training.toml is not known")
+    for section in ("task", "data", "report"):
+        if section not in sections:
+            raise ValueError(f"section `[{section}]` is missing from {folder / 'training.toml'}")
+    _check_model(model)
+    tokenizer = sections.get("tokenizer")
+    recipe = Recipe(
+        name=folder.name,
+        model=model,
+        task=_read(_chosen(sections, "task", "name", TASKS).Options, sections["task"], "task"),
+        data=_read(_chosen(sections, "data", "source", SOURCES).Options, sections["data"], "data"),
+        tokenizer=None if tokenizer is None else _read(TokenizerOptions, tokenizer, "tokenizer"),
+        training={**TRAINING_DEFAULTS, **_check_training(sections.get("training", {}))},
+        budget=_read(Budget, sections.get("budget", {}), "budget"),
+        report=_read(Report, sections["report"], "report"),
+        sections=sections,
+        overrides=tuple(overrides),
+    )
+    recipe.config()  # the config class checks its values
+    return recipe
+
+
+def _folder(recipe: str | Path) -> Path:
+    named = CONFIGURATION / recipe
+    folder = named if named.is_dir() else Path(recipe)
+    if not folder.is_dir():
+        known = sorted(path.name for path in CONFIGURATION.iterdir() if path.is_dir())
+        raise FileNotFoundError(
+            f"recipe {str(recipe)!r} is neither a folder nor a name in configuration/ ({', '.join(known)})"
+            f"{nearest(str(recipe), known)}"
+        )
+    for name in ("config.json", "training.toml"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"recipe {str(recipe)!r} has no {name}; a recipe is config.json and training.toml")
+    return folder.resolve()
+
+
+def _parse(path: Path, loads) -> dict[str, Any]:
+    try:
+        return loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def _override(override: str, model: dict[str, Any], sections: dict[str, Any]) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    if not (equals and dot and name):
+        raise ValueError(f"--set {override!r} must read section.key=value, such as training.learning_rate=1e-3")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word
+    if section == "model":
+        model[name] = value
+    else:
+        _refuse_unknown([section], ("model", *SECTIONS), "--set names the section `{}`, which is not known")
+        sections.setdefault(section, {})[name] = value
+
+
+def _chosen(sections: dict[str, Any], section: str, key: str, valid: Mapping[str, Any]) -> Any:
+    if key not in sections[section]:
+        raise ValueError(f"`{section}.{key}` is missing; it is one of {', '.join(valid)}")
+    value = sections[section][key]
+    if value not in valid:
+        raise ValueError(f"`{section}.{key}` must be one of {', '.join(valid)}, got {value!r}{nearest(value, valid)}")
+    return valid[value]
+
+
+def _refuse_unknown(keys, valid: Sequence[str], message: str) -> None:
+    for key in keys:
+        if key not in valid:
+            raise ValueError(message.format(key) + (nearest(key, valid) or f"; known are {', '.join(sorted(valid))}"))
+
+
+def _read(options: type, values: Mapping[str, Any], section: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(options)}
+    _refuse_unknown(values, list(fields), f"`{section}.{{}}` is not a setting")
+    _check_types(fields, values, section)
+    for name, field in fields.items():
+        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if required and name not in values:
+            raise ValueError(f"`{section}.{name}` is missing from training.toml; it is needed by this {section}")
+    return options(**values)
+
+
+def _check_training(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    fields = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+    if "output_dir" in values:
+        raise ValueError("`training.output_dir` is not a setting of a recipe; use --output-dir")
+    _refuse_unknown(values, list(fields), "`training.{}` is not a field of TrainingArguments")
+    _check_types(fields, values, "training")
+    return values
+
+
+def _check_model(values: Mapping[str, Any]) -> None:
+    if values.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"`model_type` of config.json must be a model type of Transformers, got {values.get('model_type')!r}"
+        )
+    fields = CONFIG_MAPPING[values["model_type"]].__dataclass_fields__
+    _refuse_unknown(values, [*fields, *CONFIG_EXTRAS], "`model.{}` is not a field of the model's config")
+
+
+def _check_types(fields: Mapping[str, dataclasses.Field], values: Mapping[str, Any], section: str) -> None:
+    for name, value in values.items():
+        if not _accepts(value, fields[name].type):
+            expected = fields[name].type
+            expected = getattr(expected, "__name__", str(expected)) if isinstance(expected, type) else str(expected)
+            raise ValueError(f"`{section}.{name}` must be of type {expected.replace('typing.', '')}, got {value!r}")
+
+
+def _accepts(value: Any, annotation: Any) -> bool:
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return any(_accepts(value, choice) for choice in get_args(annotation))
+    if origin is Literal:
+        return value in get_args(annotation)
+    if origin is list:
+        return isinstance(value, list) and all(_accepts(item, get_args(annotation)[0]) for item in value)
+    if annotation in (int, float):
+        return isinstance(value, (int, annotation)) and not isinstance(value, bool)
+    if annotation in (str, bool, dict, list, type(None)):
+        return isinstance(value, annotation)
+    return True  # an enumeration or class of Transformers, which checks it itself
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(value, ensure_ascii=False)  # strings, numbers and booleans are written alike in both

@@ -1,0 +1,28 @@
+"""Scoring a model on a split, exactly: the same for a model that was just trained and for one that was saved."""
+
+from collections.abc import Sequence
+
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from scripts.tasks.prepared import Prepared
+
+
+def make_trainer(model: PreTrainedModel, args: TrainingArguments, prepared: Prepared, **options) -> Trainer:
+    """A `Trainer` of the task, for training or only for scoring."""
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=prepared.datasets.get("train"),
+        eval_dataset=prepared.monitor,
+        processing_class=prepared.tokenizer,
+        data_collator=prepared.collator,
+        compute_metrics=prepared.compute_metrics,
+        preprocess_logits_for_metrics=prepared.reduce_logits,
+        **options,
+    )
+
+
+def score(trainer: Trainer, prepared: Prepared, split: str, metrics: Sequence[str]) -> dict[str, float]:
+    """The named metrics on a whole split."""
+    scored = trainer.predict(prepared.datasets[split], metric_key_prefix=split).metrics
+    return {name: scored[f"{split}_{name}"] for name in metrics}

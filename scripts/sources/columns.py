@@ -1,0 +1,40 @@
+"""What every source of a user's own data checks: rows in each split, and the columns that the recipe names."""
+
+from datasets import Dataset, DatasetDict
+
+from modeling_rtransformer.configuration_rtransformer import nearest
+
+
+def require_rows(splits: DatasetDict) -> None:
+    """Refuse a split without rows."""
+    for split, dataset in splits.items():
+        if len(dataset) == 0:
+            sizes = ", ".join(f"{name} {len(rows)}" for name, rows in splits.items())
+            raise ValueError(
+                f"the {split} split of `data` is empty (rows: {sizes}); name a file for it as `data.{split}`, "
+                "give more rows, or hold out more of them with `data.held_out`"
+            )
+
+
+def select_columns(splits: DatasetDict, **named: str | None) -> DatasetDict:
+    """Keep the columns that the recipe names (`text="body"` for `data.text_column = "body"`), under our own names."""
+    wanted = {ours: theirs for ours, theirs in named.items() if theirs is not None}
+    for split, dataset in splits.items():
+        for ours, theirs in wanted.items():
+            if theirs not in dataset.column_names:
+                raise ValueError(
+                    f"`data.{ours}_column` is {theirs!r}, but the {split} split has the columns "
+                    f"{', '.join(dataset.column_names)}{nearest(theirs, dataset.column_names)}"
+                )
+    splits = splits.select_columns(list(wanted.values()))
+    return splits.rename_columns({theirs: ours for ours, theirs in wanted.items() if ours != theirs})
+
+
+def hold_out(splits: dict[str, Dataset], share: float, seed: int) -> DatasetDict:
+    """Fill the splits that are missing with `share` of the training rows each, drawn at random with `seed`."""
+    missing = [split for split in ("validation", "test") if split not in splits]
+    size = round(share * len(splits["train"]))
+    for split in missing:
+        shuffled = splits["train"].shuffle(seed=seed)
+        splits = {**splits, split: shuffled.select(range(size)), "train": shuffled.select(range(size, len(shuffled)))}
+    return DatasetDict({split: splits[split] for split in ("train", "validation", "test")})

@@ -1,0 +1,69 @@
+"""
+The Python standard library's own source files, as the running interpreter has them. Needs no download.
+
+Every `.py` file of the library without its test suites and without installed packages is one document. A file's split
+follows from a hash of its path, so it is the same on every machine and does not change when files are added:
+90 % train, 5 % validation, 5 % test.
+"""
+
+import dataclasses
+import hashlib
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path, PurePath
+
+from datasets import Dataset, DatasetDict, Features, Value
+
+
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """
+    Args:
+        max_files: keep only so many files of each split, for a quick look; all if left out.
+    """
+
+    source: str
+    max_files: int | None = None
+
+
+def split_of(path: PurePath) -> str:
+    """The split of a file, by the SHA-256 of its path relative to the library."""
+    share = int.from_bytes(hashlib.sha256(path.as_posix().encode()).digest()[:8], "big") / 2**64
+    return "train" if share < 0.9 else "validation" if share < 0.95 else "test"
+
+
+def is_source(path: PurePath) -> bool:
+    """Whether a file, by its path relative to the library, is neither a test nor an installed package."""
+    return path.suffix == ".py" and not LEFT_OUT.intersection(path.parts)
+
+
+def read(root: str, files: tuple) -> Iterator[dict[str, str]]:
+    """The files that are UTF-8, one document each."""
+    for name, *_ in files:
+        try:
+            text = (Path(root) / name).read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            continue
+        yield {"text": text}
+
+
+def load(options: Options) -> DatasetDict:
+    """Read the library. The Arrow cache is keyed by the files' names, sizes and times."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files: dict[str, list] = {"train": [], "validation": [], "test": []}
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        if is_source(name) and path.stat().st_size > 0:
+            files[split_of(name)].append((name.as_posix(), path.stat().st_size, path.stat().st_mtime_ns))
+    features = Features({"text": Value("string")})
+    return DatasetDict(
+        {
+            split: Dataset.from_generator(
+                read, features=features, gen_kwargs={"root": str(root), "files": tuple(names[: options.max_files])}
+            )
+            for split, names in files.items()
+        }
+    )

@@ -1,0 +1,176 @@
+"""Language modelling: predict each token of a stream of documents from those before it."""
+
+import bz2
+import dataclasses
+import gzip
+import lzma
+import math
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, List, Value
+from torch.utils.data import Subset
+from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedTokenizerBase, default_data_collator
+
+from modeling_rtransformer.configuration_rtransformer import nearest
+from scripts.metrics import load_metric
+from scripts.tasks.prepared import Prepared
+from scripts.tokenization import build_tokenizer, characters_per_token
+from scripts.windows import IGNORED, Windows
+
+
+METRICS = ("bits_per_character", "perplexity")
+COMPRESSORS = {
+    "gzip": partial(gzip.compress, compresslevel=9),
+    "bzip2": partial(bz2.compress, compresslevel=9),
+    "xz": partial(lzma.compress, preset=9),
+}
+# A character outside the vocabulary has to be spelled out after its `<unk>`: one of all code points, all alike.
+ESCAPE_NATS = math.log(0x110000)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """
+    Args:
+        window: tokens of a training row; a row predicts all of them but its first.
+        stride: tokens between the beginnings of two training rows; `window - 1`, each token predicted once, if left out.
+        eval_window, eval_stride: the same for scoring, where a token is scored only in the first row that predicts it;
+            a smaller stride gives more context to each. `window` and half of it if left out.
+        max_eval_rows: rows scored at an evaluation during training, spread over the split; all if left out.
+    """
+
+    name: str
+    window: int = 256
+    stride: int | None = None
+    eval_window: int | None = None
+    eval_stride: int | None = None
+    max_eval_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for stride, window in (("stride", "window"), ("eval_stride", "eval_window")):
+            width, step = getattr(self, window) or self.window, getattr(self, stride)
+            if width < 2:
+                raise ValueError(f"`task.{window}` must be at least 2, got {width}")
+            if step is not None and not 1 <= step < width:
+                raise ValueError(f"`task.{stride}` must be from 1 to `{window}` - 1 ({width - 1}), got {step}")
+        if self.max_eval_rows is not None and self.max_eval_rows < 1:
+            raise ValueError(f"`task.max_eval_rows` must be at least 1, got {self.max_eval_rows}")
+
+    def windows(self, stream: np.ndarray, *, training: bool) -> Windows:
+        """The rows of one split."""
+        if training:
+            return Windows(stream, window=self.window, stride=self.stride or self.window - 1, score_once=False)
+        window = self.eval_window or self.window
+        return Windows(stream, window=window, stride=self.eval_stride or window // 2, score_once=True)
+
+
+def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[str]) -> Prepared:
+    """Tokenise the documents, join them into one stream a split and cut it into rows."""
+    options, documents = recipe.task, recipe.load_data()
+    if tokenizer is None:
+        if recipe.tokenizer is None:
+            raise ValueError('section `[tokenizer]` is missing; language_modeling needs it, such as kind = "character"')
+        tokenizer = build_tokenizer(recipe.tokenizer, (row["text"] for row in documents["train"]))
+    characters = characters_per_token(tokenizer)
+    _check_report(recipe.report, characters)
+    streams = {split: token_stream(documents[split], tokenizer) for split in splits}
+    datasets = {split: options.windows(stream, training=split == "train") for split, stream in streams.items()}
+    monitor = datasets.get("validation")
+    if monitor is not None and options.max_eval_rows is not None and options.max_eval_rows < len(monitor):
+        monitor = Subset(monitor, np.linspace(0, len(monitor) - 1, options.max_eval_rows).round().astype(int).tolist())
+    return Prepared(
+        auto_class=AutoModelForCausalLM,
+        config_values={
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        },
+        datasets=datasets,
+        monitor=monitor,
+        tokenizer=tokenizer,
+        collator=default_data_collator,
+        reduce_logits=row_nll,
+        compute_metrics=partial(
+            language_metrics, metrics=recipe.report.metrics, characters=characters, unknown_id=tokenizer.unk_token_id
+        ),
+        compare=lambda split: {
+            name: compressed_bits_per_character(documents[split]["text"], name) for name in recipe.report.compressors
+        },
+    )
+
+
+def token_stream(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """
+    All documents as one stream of ids: `<eos>`, then each document followed by `<eos>`.
+
+    The first `<eos>` is never predicted, so every token of every document is, the first one included.
+    """
+    tokenized = documents.map(
+        _tokenize,
+        batched=True,
+        remove_columns=documents.column_names,
+        features=Features({"input_ids": List(Value("int32"))}),
+        fn_kwargs={"tokenizer": tokenizer},
+        desc="tokenising",
+    )
+    batches = [column.flatten().to_numpy() for column in tokenized.with_format("arrow")[:]["input_ids"].chunks]
+    return np.concatenate([np.array([tokenizer.eos_token_id], dtype=np.int32), *batches])
+
+
+def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
+    encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
+    return {"input_ids": [ids + [tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
+
+
+def row_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed negative log likelihood, in nats, of the scored positions of each row.  (B, L, V), (B, L) -> (B,)"""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    targets = labels[:, 1:].contiguous()
+    nll = torch.nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return nll.view_as(targets).double().sum(dim=1)
+
+
+def language_metrics(
+    prediction: EvalPrediction, *, metrics: Sequence[str], characters: Sequence[int] | None, unknown_id: int | None
+) -> dict[str, float]:
+    """
+    Metrics from the summed likelihoods and the labels they belong to: exact, whatever the batches were.
+
+    Bits per character counts what a reader would need to restore the text: `<eos>` costs bits but is no character; a
+    character outside the vocabulary costs its `<unk>` and the naming of one of all 1,114,112 code points.
+    """
+    labels = prediction.label_ids[:, 1:]
+    scored = labels[labels != IGNORED]
+    nll = np.asarray(prediction.predictions, dtype=np.float64)
+    result = {}
+    if "perplexity" in metrics:
+        result |= load_metric("perplexity").compute(nll=[nll.sum()], count=[len(scored)])
+    if "bits_per_character" in metrics:
+        escapes = ESCAPE_NATS * int((scored == unknown_id).sum()) if unknown_id is not None else 0.0
+        count = int(np.asarray(characters)[scored].sum())
+        result |= load_metric("bits_per_character").compute(nll=[nll.sum() + escapes], count=[count])
+    return result
+
+
+def compressed_bits_per_character(texts: Sequence[str], compressor: str) -> float:
+    """What a general compressor at its highest setting makes of the same text."""
+    text = "".join(texts)
+    return 8 * len(COMPRESSORS[compressor](text.encode("utf-8"))) / len(text)
+
+
+def _check_report(report, characters: Sequence[int] | None) -> None:
+    for name, given, valid in (("metrics", report.metrics, METRICS), ("compressors", report.compressors, COMPRESSORS)):
+        for value in given:
+            if value not in valid:
+                raise ValueError(
+                    f"`report.{name}` of language_modeling are of {', '.join(valid)}, got {value!r}"
+                    f"{nearest(value, valid)}"
+                )
+    if "bits_per_character" in report.metrics and characters is None:
+        raise ValueError("`report.metrics` has bits_per_character, which a word tokenizer cannot give; use perplexity")

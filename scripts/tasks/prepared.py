@@ -1,0 +1,41 @@
+"""What a task hands to the training and the scoring."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+
+def _no_comparison(split: str) -> dict[str, float]:
+    return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """
+    A task with its data.
+
+    Args:
+        auto_class: the Auto class of the model, such as `AutoModelForCausalLM`.
+        config_values: what the data say about the model's config, such as `vocab_size`.
+        datasets: `train`, `validation` and `test`, as far as they were asked for.
+        monitor: what is scored during training: the validation data or a part of it.
+        tokenizer: None where the input is numbers.
+        collator: makes a batch of rows.
+        reduce_logits: `(logits, labels)` to what the metrics need of them, so that no logits are kept.
+        compute_metrics: metrics of all reduced predictions.
+        compare: other methods' results on a split, by name.
+    """
+
+    auto_class: Any
+    config_values: Mapping[str, Any]
+    datasets: Mapping[str, Dataset]
+    monitor: Dataset | None
+    tokenizer: PreTrainedTokenizerBase | None
+    collator: Callable
+    reduce_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    compare: Callable[[str], dict[str, float]] = _no_comparison

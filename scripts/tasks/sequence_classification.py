@@ -1,0 +1,142 @@
+"""Sequence classification: one label for each text, or for each sequence of numbers."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, Value
+from transformers import (
+    AutoModelForSequenceClassification,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
+
+from modeling_rtransformer.configuration_rtransformer import nearest
+from scripts.metrics import load_metric
+from scripts.tasks.prepared import Prepared
+from scripts.tokenization import build_tokenizer
+
+
+METRICS = ("accuracy", "f1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """
+    Args:
+        labels: names of the classes in order; those of the training data, sorted, if left out. Integer labels are
+            places in this list.
+        max_length: keep the first tokens of a longer text; all if left out.
+    """
+
+    name: str
+    labels: list[str] | None = None
+    max_length: int | None = None
+
+
+def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[str]) -> Prepared:
+    """Number the labels and tokenise the texts, if the input is text."""
+    examples = recipe.load_data()
+    _check(recipe, examples["train"])
+    names = class_names(examples["train"], recipe.task.labels)
+    datasets = {split: number_labels(examples[split], names, split) for split in splits}
+    config_values: dict[str, Any] = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+    if "text" in examples["train"].column_names:
+        tokenizer = tokenizer or build_tokenizer(recipe.tokenizer, (row["text"] for row in examples["train"]))
+        datasets = {
+            split: dataset.map(
+                _tokenize,
+                batched=True,
+                remove_columns=["text"],
+                fn_kwargs={"tokenizer": tokenizer, "max_length": recipe.task.max_length},
+                desc="tokenising",
+            )
+            for split, dataset in datasets.items()
+        }
+        config_values |= {
+            "vocab_size": len(tokenizer),
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+        }
+    return Prepared(
+        auto_class=AutoModelForSequenceClassification,
+        config_values=config_values,
+        datasets=datasets,
+        monitor=datasets.get("validation"),
+        tokenizer=tokenizer,
+        collator=default_data_collator if tokenizer is None else DataCollatorWithPadding(tokenizer),
+        reduce_logits=predicted_class,
+        compute_metrics=partial(classification_metrics, metrics=recipe.report.metrics),
+    )
+
+
+def class_names(train: Dataset, given: list[str] | None) -> list[str]:
+    """Names of the classes: those the recipe lists, those the data come with, or those found in the training data."""
+    feature = train.features["label"]
+    if given is not None:
+        return given
+    if isinstance(feature, ClassLabel):
+        return feature.names
+    found = sorted(set(train["label"]) - {None})
+    if found and isinstance(found[0], int):
+        return [str(index) for index in range(max(found) + 1)]
+    return [str(name) for name in found]
+
+
+def number_labels(dataset: Dataset, names: list[str], split: str) -> Dataset:
+    """The labels as integers from 0, each checked."""
+    numbers = {name: index for index, name in enumerate(names)}
+    labels = []
+    for row, label in enumerate(dataset["label"]):
+        known = isinstance(label, int) and 0 <= label < len(names)
+        if not known and label not in numbers:
+            hint = "" if isinstance(label, int) else nearest(label, names)
+            raise ValueError(
+                f"label {label!r} in row {row} of the {split} split is outside the {len(names)} classes "
+                f"({', '.join(names[:20])}){hint}; mend the row, or list every class in `task.labels`"
+            )
+        labels.append(label if known else numbers[label])
+    return dataset.remove_columns("label").add_column("label", labels).cast_column("label", Value("int64"))
+
+
+def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int | None) -> dict[str, list]:
+    return dict(tokenizer(batch["text"], truncation=max_length is not None, max_length=max_length, verbose=False))
+
+
+def predicted_class(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(B, classes) -> (B,)"""
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(dim=-1)
+
+
+def classification_metrics(prediction: EvalPrediction, *, metrics: Sequence[str]) -> dict[str, float]:
+    """The named metrics of the predicted classes."""
+    result: dict[str, float] = {}
+    for name in metrics:
+        result |= load_metric(name).compute(
+            predictions=np.asarray(prediction.predictions), references=np.asarray(prediction.label_ids)
+        )
+    return result
+
+
+def _check(recipe, train: Dataset) -> None:
+    for name in recipe.report.metrics:
+        if name not in METRICS:
+            raise ValueError(
+                f"`report.metrics` of sequence_classification are of {', '.join(METRICS)}, got {name!r}"
+                f"{nearest(name, METRICS)}"
+            )
+    if recipe.report.compressors:
+        raise ValueError("`report.compressors` is for language_modeling; leave it out")
+    if "label" not in train.column_names:
+        raise ValueError("`data.label_column` is missing; sequence_classification needs the name of the label's column")
+    if "text" in train.column_names and recipe.tokenizer is None:
+        raise ValueError('section `[tokenizer]` is missing; text needs it, such as kind = "character"')

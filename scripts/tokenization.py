@@ -1,0 +1,127 @@
+"""
+Tokenizers made with the tokenizers library, saved with the model and loaded with `AutoTokenizer`.
+
+| kind | tokens | unknown text | `decode(encode(text))` |
+|---|---|---|---|
+| `character` | Unicode characters of the training text | `<unk>`, one a character | the text |
+| `byte_bpe` | byte pairs merged by frequency, from all 256 bytes | cannot happen | the text |
+| `word` | words between white space, `<eos>` at line ends | `<unk>`, one a word | the words, one blank between |
+
+A `<eos>` also ends every document, and begins the stream of documents, so it is the token to begin generation with.
+Text that happens to spell a special token is text: it is never read as the token.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable
+from typing import Literal
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+
+PAD, UNK, EOS = "<pad>", "<unk>", "<eos>"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """
+    The `[tokenizer]` section.
+
+    Args:
+        kind: `character`, `word` or `byte_bpe`.
+        vocab_size: number of tokens, special ones included; the most frequent are kept. All if left out, except for
+            `byte_bpe`, which needs it.
+        min_frequency: leave out what the training text has fewer times.
+    """
+
+    kind: Literal["character", "word", "byte_bpe"]
+    vocab_size: int | None = None
+    min_frequency: int = 1
+
+    def __post_init__(self) -> None:
+        least = 256 + 2 if self.kind == "byte_bpe" else 4
+        if self.vocab_size is None and self.kind == "byte_bpe":
+            raise ValueError("`tokenizer.vocab_size` is missing; byte_bpe needs it, such as 4096")
+        if self.vocab_size is not None and self.vocab_size < least:
+            raise ValueError(f"`tokenizer.vocab_size` must be at least {least} for {self.kind}, got {self.vocab_size}")
+
+
+def build_tokenizer(options: Options, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer of the given kind with the vocabulary of `texts`."""
+    make = {"character": _character, "word": _word, "byte_bpe": _byte_bpe}[options.kind]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=make(options, texts),
+        pad_token=PAD,
+        unk_token=None if options.kind == "byte_bpe" else UNK,
+        bos_token=EOS,
+        eos_token=EOS,
+        padding_side="left",  # for generation; the model takes either side
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _vocabulary(options: Options, counts: Counter) -> dict[str, int]:
+    kept = [token for token, count in counts.items() if count >= options.min_frequency and token not in (PAD, UNK, EOS)]
+    kept.sort(key=lambda token: (-counts[token], token))
+    room = None if options.vocab_size is None else options.vocab_size - 3
+    return {token: index for index, token in enumerate([PAD, UNK, EOS, *kept[:room]])}
+
+
+def _character(options: Options, texts: Iterable[str]) -> Tokenizer:
+    counts: Counter = Counter()
+    for text in texts:
+        counts.update(text)
+    tokenizer = Tokenizer(models.WordLevel(_vocabulary(options, counts), unk_token=UNK))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return tokenizer
+
+
+def _word(options: Options, texts: Iterable[str]) -> Tokenizer:
+    counts: Counter = Counter()
+    for text in texts:
+        counts.update(text.split())
+    tokenizer = Tokenizer(models.WordLevel(_vocabulary(options, counts), unk_token=UNK))
+    tokenizer.normalizer = normalizers.Replace("\n", f" {EOS} ")
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer
+
+
+def _byte_bpe(options: Options, texts: Iterable[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=options.vocab_size,
+        min_frequency=options.min_frequency,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def characters_per_token(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
+    """
+    How many characters each id stands for, so that a token count can be turned into a character count exactly.
+
+    A byte-level token stands for as many characters as it has bytes that begin one in UTF-8. `<unk>` of a character
+    vocabulary stands for one, `<eos>` and `<pad>` for none. None for words, whose unknown ones have no known length.
+    """
+    state = tokenizer.backend_tokenizer
+    if isinstance(state.model, models.BPE):
+        byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+        count = [0] * len(tokenizer)
+        for token, index in tokenizer.get_vocab().items():
+            if token not in (PAD, EOS):
+                count[index] = sum(byte_of[character] & 0xC0 != 0x80 for character in token)
+        return count
+    if isinstance(state.pre_tokenizer, pre_tokenizers.WhitespaceSplit):
+        return None
+    return [
+        0 if token in (PAD, EOS) else 1 for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    ]

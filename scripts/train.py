@@ -1,0 +1,154 @@
+"""
+Train a recipe, keep its best checkpoint and score it on held-out data.
+
+    python scripts/train.py stdlib-code
+    python scripts/train.py digits --output-dir runs/wide --set model.hidden_size=128 --set training.learning_rate=1e-3
+    python scripts/train.py stdlib-code --resume
+    accelerate launch --num_processes 2 --cpu scripts/train.py stdlib-code
+
+A recipe is a folder of configuration/ by name, or any folder with a config.json and a training.toml. The run goes to
+runs/<recipe>, or --output-dir: checkpoint-<step>/ while it trains, and final/ at the end, which has the best model, its
+tokenizer, results.json, curve.json, curve.png and training.toml. final/ is a recipe itself, and what evaluate.py and
+generate.py take. Progress goes to stderr. The last line of stdout is the result, the JSON of results.json on one line.
+"""
+
+import sys
+from pathlib import Path
+
+
+if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import time
+
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+
+from scripts.budget import TimeBudget
+from scripts.checkpoints import newest_complete, put_in_place, restore_callbacks
+from scripts.recipe import Recipe, read_recipe
+from scripts.report import commit, curve, machine, plot_curve, versions
+from scripts.scoring import make_trainer, score
+from scripts.tasks.prepared import Prepared
+
+
+SMALLER_IS_BETTER = {"bits_per_character", "perplexity"}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a folder of configuration/ by name, or the path of a recipe")
+    parser.add_argument("--output-dir", type=Path, help="where the run goes; runs/<recipe> if left out")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="a setting of training.toml, as section.key=value, or model.key=value for config.json; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of the run")
+    return parser.parse_args(arguments)
+
+
+def prepare_output(output_dir: Path, resume: bool) -> Path | None:
+    """The checkpoint to resume from, if any; refuses to write over another run."""
+    if resume:
+        checkpoint = newest_complete(output_dir)
+        if checkpoint is None:
+            print(f"no whole checkpoint in {output_dir}; training starts anew", file=sys.stderr)
+        return checkpoint
+    first = int(os.environ.get("RANK", 0)) == 0  # the others may come after it has begun to write
+    if first and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+        raise ValueError(
+            f"`--output-dir` {output_dir} is not empty; add --resume to go on with that run, name another, or remove it"
+        )
+    return None
+
+
+def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
+    """The recipe's settings; the first metric of the report picks the best checkpoint."""
+    metric = recipe.report.metrics[0]
+    chosen = {"metric_for_best_model": metric, "greater_is_better": metric not in SMALLER_IS_BETTER}
+    return TrainingArguments(output_dir=str(output_dir), **{**chosen, **recipe.training})
+
+
+def result_of(trainer: Trainer, prepared: Prepared, recipe: Recipe, seconds: dict[str, float]) -> dict:
+    """Score the trained model and gather what there is to say about the run."""
+    metrics = {split: score(trainer, prepared, split, recipe.report.metrics) for split in ("validation", "test")}
+    metrics["test"].update(prepared.compare("test"))
+    state = trainer.state
+    return {
+        "recipe": recipe.name,
+        "overrides": list(recipe.overrides),
+        "metrics": metrics,
+        "parameters": trainer.accelerator.unwrap_model(trainer.model).num_parameters(),
+        "tokens_seen": state.num_input_tokens_seen,
+        "steps": state.global_step,
+        "best_step": state.best_global_step,
+        "wall_seconds": seconds,
+        "seed": trainer.args.seed,
+        "processes": trainer.args.world_size,
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def save_final(trainer: Trainer, prepared: Prepared, recipe: Recipe, result: dict, folder: Path) -> None:
+    """Write the final model with all that belongs to it beside `folder`, then rename it to `folder` at once."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.config.use_cache = recipe.config().use_cache  # Trainer switches it off
+    model.save_pretrained(partial)
+    if prepared.tokenizer is not None:
+        prepared.tokenizer.save_pretrained(partial)
+    recipe.save(partial)
+    metric = recipe.report.metrics[0]
+    rows = curve(trainer.state.log_history, metric)
+    for name, content in (("results.json", result), ("curve.json", rows)):
+        (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    plot_curve(rows, metric, partial / "curve.png")
+    put_in_place(partial, folder)
+
+
+def main(arguments: list[str] | None = None) -> dict | None:
+    """Train; the result on the main process, None on the others."""
+    started = time.monotonic()
+    options = parse_arguments(arguments)
+    try:
+        recipe = read_recipe(options.recipe, options.overrides)
+        output_dir = options.output_dir or Path("runs") / recipe.name
+        checkpoint = prepare_output(output_dir, options.resume)
+        args = training_arguments(recipe, output_dir)
+        with args.main_process_first(desc="preparing the data"):  # the others find it in the cache
+            prepared = recipe.prepare(tokenizer=None, splits=("train", "validation", "test"))
+        config = recipe.config(**prepared.config_values)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    set_seed(args.seed)
+    model = prepared.auto_class.from_config(config)
+    budget = TimeBudget(recipe.budget.max_seconds)
+    callbacks = [budget]
+    if recipe.budget.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(recipe.budget.early_stopping_patience))
+    if checkpoint is not None:
+        restore_callbacks(callbacks, checkpoint)
+    trainer = make_trainer(model, args, prepared, callbacks=callbacks)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    training_seconds = round(budget.seconds, 1)
+    result = result_of(trainer, prepared, recipe, {"training": training_seconds})
+    result["wall_seconds"]["total"] = round(time.monotonic() - started, 1)
+    if trainer.is_world_process_zero():
+        save_final(trainer, prepared, recipe, result, output_dir / "final")
+    trainer.accelerator.end_training()
+    return result if trainer.is_world_process_zero() else None
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        result = main()
+    if result is not None:
+        print(json.dumps(result))
