@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 
 LOCAL_RNN_TYPES = ("gru", "lstm", "rnn")
@@ -194,6 +195,11 @@ class RTransformerConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if kwargs.get("model_type", self.model_type) != self.model_type:
+            raise ValueError(
+                f"`model_type` must be {self.model_type!r}, got {kwargs['model_type']!r}: this is the checkpoint of "
+                "another model, which AutoModel loads"
+            )
         for name in kwargs:
             hint = difflib.get_close_matches(name, self.architecture_fields(), n=1, cutoff=0.85)
             if hint and not hasattr(type(self), name):
@@ -223,6 +229,7 @@ class RTransformerConfig(PreTrainedConfig):
         self._require(self.num_local_rnns >= 0, "num_local_rnns", "at least 0")
         self._require(self.local_window >= 1, "local_window", "at least 1")
         self._require_name("local_rnn_type", LOCAL_RNN_TYPES)
+        self._require_name("hidden_act", tuple(ACT2FN))
         self._require_name("rem_gate", REM_GATES)
         self._require_name("position_embedding", POSITION_EMBEDDINGS)
         self._require_name("layer_norm_type", LAYER_NORM_TYPES)

@@ -86,6 +86,8 @@ def local_rnn(
     if segment_ids is not None:
         neighbours = F.pad(segment_ids, (window - 1, 0), value=-1)  # (B, K - 1 + L)
     hidden = cell = None
+    if window == 1:  # W_h has no effect, but a gradient of zero, which data-parallel training waits for
+        recurrent_bias = F.linear(torch.zeros_like(recurrent_weight[0]), recurrent_weight, recurrent_bias)
     for step in range(window):
         inputs = projected[:, step : step + length]  # (B, L, G D), a view
         if segment_ids is not None and step < window - 1:
@@ -103,14 +105,18 @@ def local_rnn(
 
 def dense_weight(linear: nn.Module, in_features: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    `(weight, bias)` that a linear layer applies. A plain `nn.Linear` is read; of anything that stands in its place (a
-    LoRA adapter, quantized or offloaded weights) the effect is measured on the unit vectors, so that it counts.
+    `(weight, bias)` that a linear layer applies. A plain layer's are read; of anything that stands in its place (a LoRA
+    adapter, quantized or offloaded weights) the effect is measured on the unit vectors, so that it counts.
     """
-    if type(linear) is nn.Linear and not hasattr(linear, "_hf_hook"):
+    if type(linear) is GateProjection and not hasattr(linear, "_hf_hook"):
         return linear.weight, linear.bias
     unit_and_zero = torch.eye(in_features + 1, in_features, dtype=like.dtype, device=like.device)
     rows = linear(unit_and_zero)  # (D + 1, G D): the columns of the weight plus the bias, then the bias
     return (rows[:-1] - rows[-1]).T, rows[-1]
+
+
+class GateProjection(nn.Linear):
+    """W x + b for all gates at once; a class of its own because it starts as `torch.nn`'s RNNs do, not as a linear."""
 
 
 class LocalRNN(nn.Module):
@@ -129,8 +135,8 @@ class LocalRNN(nn.Module):
         self.hidden_size = hidden_size
         self.window = window
         self.rnn_type = rnn_type
-        self.input_proj = nn.Linear(hidden_size, NUM_GATES[rnn_type] * hidden_size)
-        self.recurrent_proj = nn.Linear(hidden_size, NUM_GATES[rnn_type] * hidden_size)
+        self.input_proj = GateProjection(hidden_size, NUM_GATES[rnn_type] * hidden_size)
+        self.recurrent_proj = GateProjection(hidden_size, NUM_GATES[rnn_type] * hidden_size)
 
     def forward(self, inputs: torch.Tensor, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
         """

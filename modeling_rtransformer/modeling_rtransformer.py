@@ -41,7 +41,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .block import RTransformerAttention, RTransformerBlock, make_layer_norm
 from .configuration_rtransformer import RTransformerConfig
-from .local_rnn import LocalRNN
+from .local_rnn import GateProjection
 from .positions import packed_segment_ids, positions_in_sequence, sinusoidal_positions
 from .recurrence_encoding import RecurrenceEncoding
 
@@ -97,11 +97,10 @@ class RTransformerPreTrainedModel(PreTrainedModel):
         | REM mu (gate) | uniform on [-3, 3] |
         """
         super()._init_weights(module)
-        if isinstance(module, LocalRNN):
-            bound = module.hidden_size**-0.5
-            for linear in (module.input_proj, module.recurrent_proj):
-                init.uniform_(linear.weight, -bound, bound)
-                init.uniform_(linear.bias, -bound, bound)
+        if isinstance(module, GateProjection):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, RecurrenceEncoding):
             eta = torch.empty_like(module.eta).uniform_(-1, 1)
             init.copy_(module.eta, eta + torch.where(eta < 0, -1.0, 1.0))

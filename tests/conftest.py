@@ -1,0 +1,67 @@
+"""What the tests share: no network, a GPU mark, and small models of every kind."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that needs the network must fail
+
+import pytest
+import torch
+
+from modeling_rtransformer import RTransformerConfig
+
+
+RSA = {
+    "rem_kinds": ["regular", "none", "first_cyclical", "second_cyclical", "regular"],
+    "rem_dilations": [1, 1, 1, 2, 3],
+}
+# The choices of the block that the behaviours below must hold for.
+VARIANTS = {
+    "gru": {},
+    "two-lstm": {"local_rnn_type": "lstm", "num_local_rnns": 2, "local_window": 4},
+    "rnn-window-1": {"local_rnn_type": "rnn", "local_window": 1},
+    "window-longer-than-the-sequence": {"local_window": 40},
+    "rsa": {"num_local_rnns": 0, **RSA},
+    "rsa-one-layer-gate-a-head": {"num_local_rnns": 0, **RSA, "rem_gate": "head", "rem_layers": [1]},
+    "gru-and-rsa": RSA,
+    "plain-sinusoidal": {"num_local_rnns": 0, "position_embedding": "sinusoidal"},
+    "original-norm": {"layer_norm_type": "original", "final_norm": False},
+}
+
+
+def tiny_config(variant="gru-and-rsa", **fields):
+    """A model of two blocks, five heads and width 20, in float64-friendly odd sizes."""
+    fields = {
+        "vocab_size": 37,
+        "hidden_size": 20,
+        "num_attention_heads": 5,
+        "num_hidden_layers": 2,
+        "local_window": 5,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": None,
+        "initializer_range": 0.3,
+        **VARIANTS[variant],
+        **fields,
+    }
+    return RTransformerConfig(**fields)
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    """The name of each variant in turn."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers in every test, whatever ran before."""
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what needs a GPU where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
