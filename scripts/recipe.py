@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+import torch
 from datasets import DatasetDict
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
@@ -52,7 +53,7 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "load_best_model_at_end": True,
     "include_num_input_tokens_seen": "all",
-    "use_cache": False,
+    "dataloader_pin_memory": torch.cuda.is_available(),
 }
 
 

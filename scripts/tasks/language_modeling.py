@@ -36,7 +36,7 @@ class Options:
     """
     Args:
         window: tokens of a training row; a row predicts all of them but its first.
-        stride: tokens between the beginnings of two training rows; `window - 1`, each token predicted once, if left out.
+        stride: tokens between the beginnings of two training rows; `window - 1` if left out: each is predicted once.
         eval_window, eval_stride: the same for scoring, where a token is scored only in the first row that predicts it;
             a smaller stride gives more context to each. `window` and half of it if left out.
         max_eval_rows: rows scored at an evaluation during training, spread over the split; all if left out.
