@@ -1,0 +1,44 @@
+# Everything runs in .venv, which the first target that needs it makes. PYTHON chooses the interpreter for it.
+PYTHON ?= python3
+# Seconds that `make demo` trains.
+DEMO_SECONDS ?= 240
+# More arguments for pytest, such as PYTEST_ARGS="-m slow" or PYTEST_ARGS=tests/test_local_rnn.py
+PYTEST_ARGS ?=
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+DEMO := runs/demo
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(VENV)/.installed  ## make .venv with the pinned versions of requirements.txt and this package, editable
+
+$(VENV)/.installed: requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	@# torch first, alone: the build that is already at hand is taken, and nothing after it fetches another
+	$(VENV)/bin/pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	$(VENV)/bin/pip install --quiet --requirement requirements.txt --editable '.[test]'
+	@touch $@
+
+demo: install  ## train on the standard library's source for DEMO_SECONDS, score, reload, and write some code
+	$(RUN) scripts/train.py stdlib-code --output-dir $(DEMO) --resume --set budget.max_seconds=$(DEMO_SECONDS)
+	$(RUN) scripts/generate.py $(DEMO)/final --prompt "class "
+
+test: install  ## run the tests; slow ones with PYTEST_ARGS="-m slow"
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+lint: install  ## check style and formatting
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: install  ## repair style and formatting where that can be done
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove what make, the tests and training wrote here
+	rm -rf $(VENV) runs .pytest_cache .ruff_cache
