@@ -4,12 +4,13 @@ Train a recipe, keep its best checkpoint and score it on held-out data.
     python scripts/train.py stdlib-code
     python scripts/train.py digits --output-dir runs/wide --set model.hidden_size=128 --set training.learning_rate=1e-3
     python scripts/train.py stdlib-code --resume
-    accelerate launch --num_processes 2 --cpu scripts/train.py stdlib-code
+    accelerate launch --multi_gpu --num_processes 2 scripts/train.py stdlib-code --set training.use_cpu=true
 
 A recipe is a folder of configuration/ by name, or any folder with a config.json and a training.toml. The run goes to
 runs/<recipe>, or --output-dir: checkpoint-<step>/ while it trains, and final/ at the end, which has the best model, its
 tokenizer, results.json, curve.json, curve.png and training.toml. final/ is a recipe itself, and what evaluate.py and
 generate.py take. Progress goes to stderr. The last line of stdout is the result, the JSON of results.json on one line.
+Under accelerate launch, leave training.use_cpu out where there are GPUs.
 """
 
 import sys

@@ -1,7 +1,7 @@
 """
 Local files: text, CSV, JSON lines or Parquet.
 
-A text file is one document in UTF-8, read whole; any kind of line end is read as a line feed. Where no file is named for
+A text file is one document in UTF-8, read whole; any line end is read as a line feed. Where no file is named for
 validation or test, a share of the training data is held out: the end of each text, cut at a line end, or random rows of
 a table.
 """
