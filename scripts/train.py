@@ -26,6 +26,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
@@ -72,6 +73,20 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     metric = recipe.report.metrics[0]
     chosen = {"metric_for_best_model": metric, "greater_is_better": metric not in SMALLER_IS_BETTER}
     return TrainingArguments(output_dir=str(output_dir), **{**chosen, **recipe.training})
+
+
+@contextlib.contextmanager
+def full_disk_explained(output_dir: Path, bytes_needed: int) -> Iterator[None]:
+    """Say in words what torch and safetensors report as a failed write, if the disk has no room for a checkpoint."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        if not output_dir.is_dir() or shutil.disk_usage(output_dir).free > bytes_needed:
+            raise
+        sys.exit(
+            f"error: no space left for a checkpoint in `--output-dir` {output_dir} ({error}); make room and go on with "
+            "--resume, or keep fewer checkpoints with training.save_total_limit"
+        )
 
 
 def result_of(trainer: Trainer, prepared: Prepared, recipe: Recipe, seconds: dict[str, float]) -> dict:
@@ -138,12 +153,14 @@ def main(arguments: list[str] | None = None) -> dict | None:
     if checkpoint is not None:
         restore_callbacks(callbacks, checkpoint)
     trainer = make_trainer(model, args, prepared, callbacks=callbacks)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    with full_disk_explained(output_dir, bytes_needed=12 * model.num_parameters()):  # weights and two moments
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     training_seconds = round(budget.seconds, 1)
     result = result_of(trainer, prepared, recipe, {"training": training_seconds})
     result["wall_seconds"]["total"] = round(time.monotonic() - started, 1)
     if trainer.is_world_process_zero():
-        save_final(trainer, prepared, recipe, result, output_dir / "final")
+        with full_disk_explained(output_dir, bytes_needed=12 * model.num_parameters()):
+            save_final(trainer, prepared, recipe, result, output_dir / "final")
     trainer.accelerator.end_training()
     return result if trainer.is_world_process_zero() else None
 
