@@ -105,6 +105,25 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path):
         files.load(options(train=train, text_column="body", label_column="kinds"))
 
 
+def test_cells_that_are_empty_or_no_text_are_named(tmp_path):
+    (tmp_path / "gaps.csv").write_text("body,kind\n" + "x,a\n,b\n" * 20)
+    with pytest.raises(ValueError, match="`data.text_column` 'body' has 20 empty cells in the .* split; fill them"):
+        files.load(options(train=str(tmp_path / "gaps.csv"), text_column="body"))
+    with pytest.raises(
+        ValueError, match="`data.text_column` 'kind' holds int64, not text, .* name another column of body"
+    ):
+        files.load(options(train=write(tmp_path / "t.csv"), text_column="kind"))
+
+
+def test_a_file_of_another_kind_is_named(tmp_path):
+    (tmp_path / "table.parquet").write_text("body,kind\n")
+    with pytest.raises(ValueError, match="table.parquet cannot be read as parquet .*`data.format`"):
+        files.load(options(train=str(tmp_path / "table.parquet"), text_column="body"))
+    (tmp_path / "latin.txt").write_bytes(b"na\xefve\n" * 9)
+    with pytest.raises(ValueError, match="latin.txt cannot be read as text .*utf-8"):
+        files.load(options(train=str(tmp_path / "latin.txt")))
+
+
 def test_an_empty_split_is_named(tmp_path):
     (tmp_path / "table.csv").write_text("body,kind\nonly one,a\n")
     with pytest.raises(ValueError, match="the validation split of `data` is empty .*`data.validation`"):

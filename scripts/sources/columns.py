@@ -16,9 +16,9 @@ def require_rows(splits: DatasetDict) -> None:
             )
 
 
-def select_columns(splits: DatasetDict, **named: str | None) -> DatasetDict:
-    """Keep the columns that the recipe names (`text="body"` for `data.text_column = "body"`), under our own names."""
-    wanted = {ours: theirs for ours, theirs in named.items() if theirs is not None}
+def select_columns(splits: DatasetDict, *, text: str, label: str | None) -> DatasetDict:
+    """Keep the columns that the recipe names as `data.text_column` and `data.label_column`, as `text` and `label`."""
+    wanted = {"text": text} if label is None else {"text": text, "label": label}
     for split, dataset in splits.items():
         for ours, theirs in wanted.items():
             if theirs not in dataset.column_names:
@@ -26,6 +26,18 @@ def select_columns(splits: DatasetDict, **named: str | None) -> DatasetDict:
                     f"`data.{ours}_column` is {theirs!r}, but the {split} split has the columns "
                     f"{', '.join(dataset.column_names)}{nearest(theirs, dataset.column_names)}"
                 )
+            empty = dataset.data.column(theirs).null_count
+            if empty:
+                raise ValueError(
+                    f"`data.{ours}_column` {theirs!r} has {empty} empty cells in the {split} split; fill them or leave "
+                    "their rows out"
+                )
+        kind = dataset.features[text].dtype
+        if kind not in ("string", "large_string"):
+            raise ValueError(
+                f"`data.text_column` {text!r} holds {kind}, not text, in the {split} split; name another column of "
+                f"{', '.join(dataset.column_names)}"
+            )
     splits = splits.select_columns(list(wanted.values()))
     return splits.rename_columns({theirs: ours for ours, theirs in wanted.items() if ours != theirs})
 

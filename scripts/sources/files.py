@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from datasets import Dataset, DatasetDict, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
 from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.sources.columns import hold_out, require_rows, select_columns
@@ -60,12 +61,21 @@ def load(options: Options) -> DatasetDict:
     paths = {split: _paths(options, split) for split in ("train", "validation", "test")}
     paths = {split: names for split, names in paths.items() if names}
     kind = options.format or _format(paths["train"][0])
+    settings = {"sample_by": "document", "encoding": "utf-8"} if kind == "text" else {}
+    if paths["train"][0].endswith(".tsv"):
+        settings = {"sep": "\t"}
+    try:
+        splits = dict(load_dataset(kind, data_files=paths, **settings))
+    except (DatasetGenerationError, ValueError) as error:
+        names = ", ".join(sum(paths.values(), []))
+        raise ValueError(
+            f"`data`: {names} cannot be read as {kind} ({error.__cause__ or error}); mend the file, or name its kind as "
+            "`data.format`"
+        ) from error
     if kind == "text":
-        splits = dict(load_dataset("text", data_files=paths, sample_by="document", encoding="utf-8"))
         splits = _hold_out_ends(splits, options.held_out)
     else:
-        separator = {"sep": "\t"} if paths["train"][0].endswith(".tsv") else {}
-        splits = hold_out(dict(load_dataset(kind, data_files=paths, **separator)), options.held_out, options.seed)
+        splits = hold_out(splits, options.held_out, options.seed)
     require_rows(splits)
     return select_columns(splits, text=options.text_column, label=options.label_column)
 

@@ -58,6 +58,10 @@ def load(options: Options) -> DatasetDict:
         name = path.relative_to(root)
         if is_source(name) and path.stat().st_size > 0:
             files[split_of(name)].append((name.as_posix(), path.stat().st_size, path.stat().st_mtime_ns))
+    if not all(files.values()):
+        raise ValueError(
+            f"`data.source` is stdlib_code, but this Python has no source files in {root}; use another Python"
+        )
     features = Features({"text": Value("string")})
     return DatasetDict(
         {
