@@ -175,10 +175,11 @@ class RTransformerAttention(nn.Module):
             **kwargs,
         )  # (B, T, H, d), (B, H, T, L) or None
         if self.recurrence is not None:
-            # Without a past the queries are all the positions there are, also in a cache with room for more.
-            output = self.recurrence(output, value if positions is None else value_states, positions, segment_ids)
-            if weights is not None:
+            if weights is not None:  # the definition, from the matrix
                 weights = self.recurrence.mixing_matrix(weights, positions, segment_ids)
+                output = (weights @ value_states).transpose(1, 2)
+            else:  # without a past the queries are all positions there are, also in a cache with room for more
+                output = self.recurrence(output, value if positions is None else value_states, positions, segment_ids)
         return self.o_proj(output.reshape(*input_shape, -1)), weights
 
 

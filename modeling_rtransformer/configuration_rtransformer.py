@@ -201,7 +201,7 @@ class RTransformerConfig(PreTrainedConfig):
                 "another model, which AutoModel loads"
             )
         for name in kwargs:
-            hint = difflib.get_close_matches(name, self.architecture_fields(), n=1, cutoff=0.85)
+            hint = difflib.get_close_matches(name, self.architecture_fields(), n=1, cutoff=0.9)
             if hint and not hasattr(type(self), name):
                 raise ValueError(f"`{name}` is not a field of {type(self).__name__}; did you mean `{hint[0]}`?")
         if self.intermediate_size is None:
