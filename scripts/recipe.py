@@ -43,9 +43,8 @@ SECTIONS = ("task", "data", "tokenizer", "training", "budget", "report")
 # Written into every saved config by Transformers, so a saved model's config.json is a recipe's config.json too.
 CONFIG_EXTRAS = ("model_type", "architectures", "transformers_version", "auto_map", "dtype", "_name_or_path")
 
-# AdamW, a short linear warm-up, a cosine down to zero, and the best checkpoint kept.
+# With AdamW, which is the default: a short linear warm-up, a cosine down to zero, and the best checkpoint kept.
 TRAINING_DEFAULTS: dict[str, Any] = {
-    "optim": "adamw_torch",
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.02,  # below 1: a share of all steps
     "eval_strategy": "steps",

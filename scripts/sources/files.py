@@ -69,8 +69,8 @@ def load(options: Options) -> DatasetDict:
     except (DatasetGenerationError, ValueError) as error:
         names = ", ".join(sum(paths.values(), []))
         raise ValueError(
-            f"`data`: {names} cannot be read as {kind} ({error.__cause__ or error}); mend the file, or name its kind as "
-            "`data.format`"
+            f"`data`: {names} cannot be read as {kind} ({error.__cause__ or error}); mend the file, or "
+            "name its kind as `data.format`"
         ) from error
     if kind == "text":
         splits = _hold_out_ends(splits, options.held_out)

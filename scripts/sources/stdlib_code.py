@@ -36,8 +36,9 @@ def split_of(path: PurePath) -> str:
 
 
 def is_source(path: PurePath) -> bool:
-    """Whether a file, by its path relative to the library, is neither a test nor an installed package."""
-    return path.suffix == ".py" and not LEFT_OUT.intersection(path.parts)
+    """Whether a file, by its path relative to the library, is source: no test, no installed package, not generated."""
+    generated = path.name.startswith("_sysconfigdata")  # how this one Python was built, with paths of that machine
+    return path.suffix == ".py" and not generated and not LEFT_OUT.intersection(path.parts)
 
 
 def read(root: str, files: tuple) -> Iterator[dict[str, str]]:
