@@ -6,19 +6,18 @@ Importing this package registers the model type `rtransformer` with the Auto cla
 `save_pretrained` and `push_to_hub` put their code beside the weights.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-)
+import transformers
+from transformers import AutoConfig
 
-from .configuration_rtransformer import RTransformerConfig, rem_heads
-from .modeling_rtransformer import (
-    RTransformerForCausalLM,
+from .classification import (
+    RTransformerForQuestionAnswering,
     RTransformerForSequenceClassification,
     RTransformerForTokenClassification,
+)
+from .configuration_rtransformer import RTransformerConfig, model_classes, rem_heads
+from .modeling_rtransformer import (
+    RTransformerForCausalLM,
+    RTransformerForMaskedLM,
     RTransformerModel,
     RTransformerPreTrainedModel,
 )
@@ -26,20 +25,17 @@ from .modeling_rtransformer import (
 
 AutoConfig.register(RTransformerConfig.model_type, RTransformerConfig)
 RTransformerConfig.register_for_auto_class()
-for auto_class, model_class in (
-    (AutoModel, RTransformerModel),
-    (AutoModelForCausalLM, RTransformerForCausalLM),
-    (AutoModelForSequenceClassification, RTransformerForSequenceClassification),
-    (AutoModelForTokenClassification, RTransformerForTokenClassification),
-):
-    auto_class.register(RTransformerConfig, model_class)
-    model_class.register_for_auto_class(auto_class.__name__)
+for auto_class, model_class in model_classes().items():
+    getattr(transformers, auto_class).register(RTransformerConfig, model_class)
+    model_class.register_for_auto_class(auto_class)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "RTransformerConfig",
     "RTransformerForCausalLM",
+    "RTransformerForMaskedLM",
+    "RTransformerForQuestionAnswering",
     "RTransformerForSequenceClassification",
     "RTransformerForTokenClassification",
     "RTransformerModel",

@@ -20,9 +20,36 @@ AUTO_MAP = {
     "AutoConfig": "configuration_rtransformer.RTransformerConfig",
     "AutoModel": "modeling_rtransformer.RTransformerModel",
     "AutoModelForCausalLM": "modeling_rtransformer.RTransformerForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_rtransformer.RTransformerForSequenceClassification",
-    "AutoModelForTokenClassification": "modeling_rtransformer.RTransformerForTokenClassification",
+    "AutoModelForMaskedLM": "modeling_rtransformer.RTransformerForMaskedLM",
+    "AutoModelForQuestionAnswering": "classification.RTransformerForQuestionAnswering",
+    "AutoModelForSequenceClassification": "classification.RTransformerForSequenceClassification",
+    "AutoModelForTokenClassification": "classification.RTransformerForTokenClassification",
 }
+
+
+def model_classes() -> dict[str, type]:
+    """
+    The model class of each Auto class in `AUTO_MAP`.
+
+    Imported here, in the file that all others import, the whole code is saved beside a checkpoint of any one class.
+    """
+    from .classification import (
+        RTransformerForQuestionAnswering,
+        RTransformerForSequenceClassification,
+        RTransformerForTokenClassification,
+    )
+    from .modeling_rtransformer import RTransformerForCausalLM, RTransformerForMaskedLM, RTransformerModel
+
+    classes = (
+        RTransformerModel,
+        RTransformerForCausalLM,
+        RTransformerForMaskedLM,
+        RTransformerForQuestionAnswering,
+        RTransformerForSequenceClassification,
+        RTransformerForTokenClassification,
+    )
+    by_place = {f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}": cls for cls in classes}
+    return {auto_class: by_place[place] for auto_class, place in AUTO_MAP.items() if auto_class != "AutoConfig"}
 
 
 def nearest(name: str, valid) -> str:
@@ -130,9 +157,9 @@ class RTransformerConfig(PreTrainedConfig):
             layer in place of the token embedding; there is then no token embedding to tie.
         tie_word_embeddings (`bool`, defaults to `True`): the language model head uses the embedding's weight.
         lm_head_bias (`bool`, defaults to `True`): a bias in the language model head, as the original code has.
-        embedding_dropout (`float`, defaults to 0.1): dropout of the embedded input.
-        hidden_dropout (`float`, defaults to 0.1): dropout of each sublayer's output and inside the feed-forward layer.
-        attention_dropout (`float`, defaults to 0.1): dropout of the softmax attention weights (not of the REM).
+        embedding_dropout (`float`, defaults to 0.0): dropout of the embedded input.
+        hidden_dropout (`float`, defaults to 0.0): dropout of each sublayer's output and inside the feed-forward layer.
+        attention_dropout (`float`, defaults to 0.0): dropout of the softmax attention weights (not of the REM).
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial embeddings and projections.
         use_cache (`bool`, defaults to `True`): return the keys, values and LocalRNN windows for decoding.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): special token ids.
@@ -185,9 +212,9 @@ class RTransformerConfig(PreTrainedConfig):
     num_input_features: int | None = None
     tie_word_embeddings: bool = True
     lm_head_bias: bool = True
-    embedding_dropout: float | int = 0.1
-    hidden_dropout: float | int = 0.1
-    attention_dropout: float | int = 0.1
+    embedding_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
     use_cache: bool = True
     pad_token_id: int | None = None

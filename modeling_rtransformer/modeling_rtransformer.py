@@ -29,12 +29,11 @@ from transformers.masking_utils import (
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
+    MaskedLMOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
@@ -44,6 +43,9 @@ from .configuration_rtransformer import RTransformerConfig
 from .local_rnn import GateProjection
 from .positions import packed_segment_ids, positions_in_sequence, sinusoidal_positions
 from .recurrence_encoding import RecurrenceEncoding
+
+
+logger = logging.get_logger(__name__)
 
 
 def check_ids(name: str, ids: torch.Tensor, size: int, what: str) -> None:
@@ -337,96 +339,29 @@ class RTransformerForCausalLM(RTransformerPreTrainedModel, GenerationMixin):
         )
 
 
-class RTransformerForSequenceClassification(RTransformerPreTrainedModel):
-    """
-    One prediction a sequence: from the last real position of a causal model, from the mean over the real positions of a
-    bidirectional one.
-    """
+class RTransformerForMaskedLM(RTransformerPreTrainedModel):
+    """A masked language model: the logits of each position's own token, from both sides (`is_causal=False`)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: RTransformerConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
+        if config.is_causal:
+            logger.warning_once(
+                "RTransformerForMaskedLM with `is_causal=True` fills each mask from the text before it alone; "
+                "`is_causal=False` in the config lets it see both sides"
+            )
         self.model = RTransformerModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        input_values: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutputWithPast:
-        """
-        Inputs as in [`RTransformerModel.forward`]. What is padded is said by `attention_mask`; without one, by
-        `input_ids` that equal `pad_token_id`, if the config has that.
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
 
-        Args:
-            labels (*optional*): `(B,)` class ids, `(B, num_labels)` for several labels or regression.
-
-        Returns:
-            `logits` `(B, num_labels)`, with `labels` also the `loss`.
-        """
-        if labels is not None and self.config.problem_type in (None, "single_label_classification"):
-            if self.num_labels > 1 and not labels.is_floating_point():
-                check_ids("labels", labels, self.num_labels, "`num_labels`")
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            input_values=input_values,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self.score(self._pool(outputs.last_hidden_state, input_ids, attention_mask))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-    def _pool(
-        self,
-        hidden_states: torch.Tensor,  # (B, T, D)
-        input_ids: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`(B, D)`: the last real position, or the mean over the real ones."""
-        batch, length = hidden_states.shape[:2]
-        real = torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            real = attention_mask[:, -length:].bool()
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            real = input_ids != self.config.pad_token_id
-        if self.config.is_causal:
-            last = (torch.arange(length, device=hidden_states.device) * real).argmax(-1)
-            return hidden_states[torch.arange(batch, device=hidden_states.device), last]
-        weights = real.to(hidden_states.dtype)
-        return (hidden_states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
-
-
-class RTransformerForTokenClassification(RTransformerPreTrainedModel):
-    """One prediction a position: tags of tokens, or several labels of a frame."""
-
-    def __init__(self, config: RTransformerConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = RTransformerModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.lm_head = new_embeddings
 
     @can_return_tuple
     def forward(
@@ -436,41 +371,36 @@ class RTransformerForTokenClassification(RTransformerPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         input_values: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
+    ) -> MaskedLMOutput:
         """
         Inputs as in [`RTransformerModel.forward`].
 
         Args:
-            labels (`(B, T)`, *optional*): class ids, of which -100 is not scored.
+            labels (`(B, T)`, *optional*): the token that belongs at each position; -100 is not scored.
 
         Returns:
-            `logits` `(B, T, num_labels)`, with `labels` also the `loss`.
+            `logits` `(B, T, V)`, with `labels` also the `loss` in nats a scored token.
         """
         if labels is not None:
-            check_ids("labels", labels, self.num_labels, "`num_labels`")
+            check_ids("labels", labels, self.config.vocab_size, "`vocab_size`")
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             input_values=input_values,
+            use_cache=False,
             **kwargs,
         )
-        logits = self.score(outputs.last_hidden_state)
+        logits = self.lm_head(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
-        return TokenClassifierOutput(
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
-__all__ = [
-    "RTransformerForCausalLM",
-    "RTransformerForSequenceClassification",
-    "RTransformerForTokenClassification",
-    "RTransformerModel",
-    "RTransformerPreTrainedModel",
-]
+__all__ = ["RTransformerForCausalLM", "RTransformerForMaskedLM", "RTransformerModel", "RTransformerPreTrainedModel"]

@@ -289,6 +289,7 @@ class TestSavingAndLoading:
             "modeling_rtransformer.py",
             "configuration_rtransformer.py",
             "block.py",
+            "classification.py",
             "local_rnn.py",
             "positions.py",
             "recurrence_encoding.py",
