@@ -31,10 +31,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="the folder of a saved language model, or its name on the Hub")
     parser.add_argument("--prompt", required=True, help="the beginning of the text")
     parser.add_argument("--max-new-tokens", type=int, default=400)
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time")
+    parser.add_argument("--temperature", type=float, default=0.9, help="0 takes the likeliest token each time")
     parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0 for all")
+    # Below 1, a small model of source code never gets out of a run of blanks: one more is always likely enough alone.
     parser.add_argument(
-        "--top-p", type=float, default=0.95, help="draw from the likeliest tokens of this joint probability"
+        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this joint probability"
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)

@@ -139,3 +139,13 @@ def test_text_without_a_tokenizer_is_refused(tmp_path, training):
     )
     with pytest.raises(ValueError, match=r"section `\[tokenizer\]` is missing"):
         read_recipe(recipe).prepare(None, ("train",))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_each_recipe_has_the_result_that_its_readme_tells(name):
+    result = json.loads((CONFIGURATION / name / "results.json").read_text())
+    assert result["recipe"] == name and result["overrides"] == []
+    figure = result["metrics"]["test"][read_recipe(name).report.metrics[0]]
+    shown = f"{figure:.3f}" if figure > 1 else f"{figure:.1%}".replace("%", " %")
+    assert f"`python scripts/train.py {name}`" in (readme := (CONFIGURATION / "README.md").read_text())
+    assert shown in readme
