@@ -1,0 +1,123 @@
+"""`generate` in all its ways, for LocalRNN windows, REMs and both."""
+
+import pytest
+import torch
+from transformers import DynamicCache, TextIteratorStreamer
+
+from modeling_rtransformer import RTransformerForCausalLM
+from tests.conftest import tiny_config
+
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+GREEDY = {"do_sample": False, "max_new_tokens": 14}
+
+
+def causal_lm(variant="gru-and-rsa", **fields):
+    return RTransformerForCausalLM(tiny_config(variant, **fields)).eval()
+
+
+def prompt(*shape):
+    return torch.randint(3, 37, shape)
+
+
+def greedy_by_hand(model, ids, steps):
+    """The likeliest token each time, from the full forward without a cache."""
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+def test_greedy_is_the_likeliest_token_each_time(variant):
+    model, ids = causal_lm(variant), prompt(2, 6)
+    assert model.generate(ids, **GREEDY).tolist() == greedy_by_hand(model, ids, 14).tolist()
+
+
+def test_an_assistant_changes_nothing_but_the_speed(variant):
+    model, ids = causal_lm(variant), prompt(1, 6)
+    torch.manual_seed(1)
+    assistant = causal_lm(variant, num_hidden_layers=1, rem_layers=None)
+    assert model.generate(ids, assistant_model=assistant, **GREEDY).tolist() == model.generate(ids, **GREEDY).tolist()
+
+
+def test_an_assistant_that_is_always_right_changes_nothing(variant):
+    model, ids = causal_lm(variant), prompt(1, 6)
+    assert model.generate(ids, assistant_model=model, **GREEDY).tolist() == model.generate(ids, **GREEDY).tolist()
+
+
+def test_beam_search_reorders_windows_keys_and_values(variant):
+    model, ids = causal_lm(variant), prompt(3, 6)
+    options = {**GREEDY, "num_beams": 4, "num_return_sequences": 2}
+    assert model.generate(ids, **options).tolist() == model.generate(ids, **options, use_cache=False).tolist()
+
+
+def test_sampling_draws_several_sequences_and_the_seed_decides_them(variant):
+    model, ids = causal_lm(variant), prompt(2, 6)
+    options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 14}
+    runs = []
+    for use_cache in (True, True, False):
+        torch.manual_seed(5)
+        runs.append(model.generate(ids, use_cache=use_cache, **options).tolist())
+    assert len(runs[0]) == 6 and len({tuple(row) for row in runs[0]}) > 2
+    assert runs[0] == runs[1] == runs[2]
+
+
+def test_embeddings_can_be_the_prompt(variant):
+    model, ids = causal_lm(variant), prompt(2, 6)
+    embedded = model.get_input_embeddings()(ids)
+    assert model.generate(inputs_embeds=embedded, **GREEDY).tolist() == model.generate(ids, **GREEDY)[:, 6:].tolist()
+
+
+def test_tokens_are_streamed_as_they_come(variant):
+    class Joined:  # stands in for a tokenizer
+        def decode(self, ids, **kwargs):
+            return "".join(chr(97 + int(index)) for index in ids)
+
+    model, ids = causal_lm(variant), prompt(1, 6)
+    streamer = TextIteratorStreamer(Joined(), skip_prompt=True, timeout=10)
+    output = model.generate(ids, streamer=streamer, **GREEDY)
+    assert "".join(streamer) == Joined().decode(output[0, 6:])
+
+
+@pytest.mark.parametrize("turns", [(6, 1, 9), (1, 1, 1), (3, 20, 2)])
+def test_a_conversation_goes_on_with_the_kept_cache(variant, turns):
+    model = causal_lm(variant)
+    cache, ids = DynamicCache(config=model.config), torch.zeros(1, 0, dtype=torch.long)
+    for turn in turns:
+        ids = torch.cat([ids, prompt(1, turn)], dim=1)
+        expected = model.generate(ids, use_cache=False, do_sample=False, max_new_tokens=4)
+        ids = model.generate(ids, past_key_values=cache, do_sample=False, max_new_tokens=4)
+        assert ids.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("removed", [1, 4, 9])
+def test_a_cropped_cache_goes_on_as_if_the_rest_had_not_been(variant, removed):
+    model, ids = causal_lm(variant), prompt(2, 23)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(ids[:, :7], past_key_values=cache)
+    model(ids[:, 7:17], past_key_values=cache)
+    cache.crop(-removed)
+    assert cache.get_seq_length() == 17 - removed
+    cropped = torch.cat([ids[:, : 17 - removed], prompt(2, 5)], dim=1)
+    continued = model(cropped[:, 17 - removed :], past_key_values=cache).logits
+    torch.testing.assert_close(continued, model(cropped).logits[:, 17 - removed :], **CLOSE)
+
+
+@pytest.mark.parametrize("logits_to_keep", [1, 3, torch.tensor([0, 4])], ids=["last", "three", "chosen"])
+def test_only_the_asked_for_logits_are_computed(logits_to_keep):
+    model, ids = causal_lm(), prompt(2, 6)
+    full = model(ids).logits
+    kept = full[:, logits_to_keep] if isinstance(logits_to_keep, torch.Tensor) else full[:, -logits_to_keep:]
+    torch.testing.assert_close(model(ids, logits_to_keep=logits_to_keep).logits, kept)
+
+
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+def test_prompts_of_unequal_length_padded_left(variant, cache):
+    model = causal_lm(variant)
+    rows = [prompt(n) for n in (2, 11, 7)]
+    ids = torch.stack([torch.cat([torch.zeros(11 - len(row), dtype=torch.long), row]) for row in rows])
+    mask = (torch.arange(11) >= torch.tensor([[11 - len(row)] for row in rows])).long()
+    options = {**GREEDY, "cache_implementation": cache, "disable_compile": True}
+    together = model.generate(ids, attention_mask=mask, **options)
+    for row, output in zip(rows, together):
+        assert output[11:].tolist() == greedy_by_hand(model, row[None], 14)[0, len(row) :].tolist()
