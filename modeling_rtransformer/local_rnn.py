@@ -86,6 +86,7 @@ def local_rnn(
     if segment_ids is not None:
         neighbours = F.pad(segment_ids, (window - 1, 0), value=-1)  # (B, K - 1 + L)
     hidden = cell = None
+    recurrent_bias = recurrent_bias.to(projected.dtype)  # under autocast the projection is in half precision
     if window == 1:  # W_h has no effect, but a gradient of zero, which data-parallel training waits for
         recurrent_bias = F.linear(torch.zeros_like(recurrent_weight[0]), recurrent_weight, recurrent_bias)
     for step in range(window):
