@@ -70,8 +70,13 @@ def rem_rows(heads: RemHeads, values: torch.Tensor, positions: torch.Tensor, dil
 
 
 def chunk_length(steps: int) -> int:
-    """Positions a chunk: 64, or for long sequences the power of two near sqrt(steps), which keeps memory O(L)."""
-    return max(64, 2 ** round(math.log2(max(steps, 1)) / 2))
+    """
+    Positions a chunk: 64, less for shorter sequences; for long ones the power of two near sqrt(steps), which keeps
+    memory O(L). A compiler may know the length only as a symbol, and then it is 64.
+    """
+    if torch.compiler.is_compiling():
+        return 64
+    return min(max(64, 2 ** round(math.log2(steps) / 2)), steps)
 
 
 class ChunkTables(NamedTuple):
@@ -115,8 +120,10 @@ def rem_scan(
         `(B, R, L, d)`: P V.
     """
     batch, num_heads, length, dim = values.shape
-    chunk = min(chunk_length(-(-length // dilation)), -(-length // dilation))
-    chunks = -(-length // (chunk * dilation))
+    chunk = chunk_length((length - 1) // dilation + 1)
+    chunks = (length - 1) // (chunk * dilation) + 1
+    if torch.compiler.is_compiling():
+        chunks = chunks + 1  # one of zeros, so that no length is a special case in the compiled graph
     padding = chunks * chunk * dilation - length
     values = F.pad(values, (0, 0, 0, padding)).view(batch, num_heads, chunks, chunk, dilation, dim)
     tables = ChunkTables.make(heads, chunk, chunks, values.dtype)
@@ -131,12 +138,13 @@ def rem_scan(
 def _scan(tables: ChunkTables, values: torch.Tensor) -> torch.Tensor:
     """`rem_scan` on values `(B, R, N, C, m, d)`: four batched products, one head a batch."""
     batch, num_heads, chunks, chunk, dilation, dim = values.shape
-    columns = values.permute(1, 3, 2, 0, 4, 5).reshape(num_heads, chunk, -1)  # (R, C, N B m d)
+    width = batch * dilation * dim  # sizes are spelled out: a compiler cannot always work out a -1
+    columns = values.permute(1, 3, 2, 0, 4, 5).reshape(num_heads, chunk, chunks * width)
     product = tables.inside @ columns
     if chunks > 1:
-        states = (tables.collect @ columns).view(num_heads, 2 * chunks, -1)  # (R, 2 N, B m d)
-        states = tables.carry.reshape(num_heads, 2 * chunks, 2 * chunks) @ states
-        product = torch.baddbmm(product, tables.spread, states.view(num_heads, 2, -1))
+        states = (tables.collect @ columns).view(num_heads, 2 * chunks, width)
+        states = tables.carry.view(num_heads, 2 * chunks, 2 * chunks) @ states
+        product = torch.baddbmm(product, tables.spread, states.view(num_heads, 2, chunks * width))
     return product.view(num_heads, chunk, chunks, batch, dilation, dim).permute(3, 0, 2, 1, 4, 5)
 
 
