@@ -10,33 +10,40 @@ RUN := $(VENV)/bin/python
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install install-test demo test lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 install: $(VENV)/.installed  ## make .venv with the pinned versions of requirements.txt and this package, editable
 
+# The same with what the tests and the style check need.
+install-test: $(VENV)/.installed-test
+
 $(VENV)/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	@# torch first, alone: the build that is already at hand is taken, and nothing after it fetches another
 	$(VENV)/bin/pip install --quiet "$$(grep '^torch==' requirements.txt)"
-	$(VENV)/bin/pip install --quiet --requirement requirements.txt --editable '.[test]'
+	$(VENV)/bin/pip install --quiet --requirement requirements.txt --editable '.[train]'
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
+	$(VENV)/bin/pip install --quiet --requirement requirements-test.txt
 	@touch $@
 
 demo: install  ## train on the standard library's source for DEMO_SECONDS, score, reload, and write some code
 	$(RUN) scripts/train.py stdlib-code --output-dir $(DEMO) --resume --set budget.max_seconds=$(DEMO_SECONDS)
-	$(RUN) scripts/generate.py $(DEMO)/final --prompt "class "
+	$(RUN) scripts/generate.py $(DEMO)/final --prompt "def read_file(path):" --max-new-tokens 600
 
-test: install  ## run the tests; slow ones with PYTEST_ARGS="-m slow"
+test: install-test  ## run the tests; slow ones with PYTEST_ARGS="-m slow"
 	$(RUN) -m pytest $(PYTEST_ARGS)
 
-lint: install  ## check style and formatting
+lint: install-test  ## check style and formatting
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-format: install  ## repair style and formatting where that can be done
+format: install-test  ## repair style and formatting where that can be done
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 

@@ -103,6 +103,19 @@ def test_a_cropped_cache_goes_on_as_if_the_rest_had_not_been(variant, removed):
     torch.testing.assert_close(continued, model(cropped).logits[:, 17 - removed :], **CLOSE)
 
 
+def test_a_quantized_cache_is_refused_where_there_are_windows():
+    """Transformers quantizes keys and values alone; a model without LocalRNN windows may have its cache quantized."""
+    with pytest.raises(ValueError, match="only full attention layers.*hybrid"):
+        causal_lm("gru").generate(prompt(1, 6), cache_implementation="quantized", **GREEDY)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_an_offloaded_cache_changes_nothing(variant, cache):
+    model, ids = causal_lm(variant).cuda(), prompt(2, 6).cuda()
+    assert model.generate(ids, cache_implementation=cache, **GREEDY).tolist() == model.generate(ids, **GREEDY).tolist()
+
+
 @pytest.mark.parametrize("logits_to_keep", [1, 3, torch.tensor([0, 4])], ids=["last", "three", "chosen"])
 def test_only_the_asked_for_logits_are_computed(logits_to_keep):
     model, ids = causal_lm(), prompt(2, 6)

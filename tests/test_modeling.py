@@ -1,6 +1,7 @@
 """What every model must do, whatever its block is made of."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -26,6 +27,9 @@ from tests.conftest import tiny_config
 
 
 LENGTH = 23
+NEEDS_COMPILER = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="torch.compile needs a C++ compiler"
+)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 
 
@@ -164,14 +168,20 @@ def test_search_and_lookup_do_not_depend_on_the_cache(variant, options):
     assert cached.tolist() == model.generate(prompt, **options, use_cache=False).tolist()
 
 
-def test_attention_implementations_agree(variant):
-    model = causal_lm(variant)
-    ids = random_ids(2, LENGTH)
-    outputs = []
-    for attention in ("eager", "sdpa"):
-        model.set_attn_implementation(attention)
-        outputs.append(model(ids).logits)
-    torch.testing.assert_close(*outputs, **CLOSE)
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("flex_attention", marks=NEEDS_COMPILER)])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@torch.no_grad()  # flex attention has no backward on the CPU
+def test_attention_implementations_agree(variant, attention, is_causal):
+    model = causal_lm(variant, is_causal=is_causal)
+    ids, mask = padded_batch([random_ids(9), random_ids(LENGTH)], "left")
+    seq_idx = torch.arange(LENGTH).div(8, rounding_mode="floor").expand(2, -1)
+    outputs = {}
+    for implementation in ("eager", attention):
+        model.set_attn_implementation(implementation)
+        outputs[implementation] = torch.cat(
+            [model(ids, attention_mask=mask).logits[mask.bool()], model(ids, seq_idx=seq_idx).logits.flatten(0, 1)]
+        )
+    torch.testing.assert_close(outputs["eager"], outputs[attention], **CLOSE)
 
 
 @pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
