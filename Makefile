@@ -34,7 +34,7 @@ $(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
 
 demo: install  ## train on the standard library's source for DEMO_SECONDS, score, reload, and write some code
 	$(RUN) scripts/train.py stdlib-code --output-dir $(DEMO) --resume --set budget.max_seconds=$(DEMO_SECONDS)
-	$(RUN) scripts/generate.py $(DEMO)/final --prompt "def read_file(path):" --max-new-tokens 600
+	$(RUN) scripts/generate.py $(DEMO)/final --prompt "class Reader(" --max-new-tokens 600
 
 test: install-test  ## run the tests; slow ones with PYTEST_ARGS="-m slow"
 	$(RUN) -m pytest $(PYTEST_ARGS)
