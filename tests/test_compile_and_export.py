@@ -77,13 +77,14 @@ def test_a_classifier_exports_with_its_padding(variant):
 
 
 @pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="the exporters are newer than this")
+@pytest.mark.parametrize("model_class", [RTransformerForCausalLM, RTransformerForSequenceClassification])
 @pytest.mark.parametrize("variant", ["gru-and-rsa", "two-lstm"])
-def test_onnxruntime_gives_what_we_give(variant, tmp_path):
+def test_onnxruntime_gives_what_we_give(variant, model_class, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    model = RTransformerForSequenceClassification(tiny_config(variant, num_labels=3)).eval()
+    model = model_class(tiny_config(variant, num_labels=3)).eval()
     ids, mask = torch.randint(3, 37, (2, 11)), torch.ones(2, 11, dtype=torch.long)
     mask[0, 8:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
