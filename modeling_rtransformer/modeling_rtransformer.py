@@ -1,17 +1,13 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
 """
-R-Transformer, RSA heads and both together, as Transformers models. One pre-norm block:
-
-    for each LocalRNN n of the block:   x = x + dropout(LocalRNN_n(norm(x)))
-                                        x = x + dropout(Attention(norm(x)))
-                                        x = x + dropout(FeedForward(norm(x)))
+R-Transformer, RSA heads and both together, as Transformers models: the base model, its initial values and the language
+models. `block.py` has the block, `classification.py` the other heads.
 
 Sources: Wang et al. 2019, "R-Transformer" (arXiv 1907.05572), section 3; Huang et al. 2023, "Encoding Recurrence into
 Transformers" (ICLR 2023), section 3.
 """
 
-# B batch, L length (queries T of them when decoding), D hidden size, K window, H heads, d head size, V vocabulary,
-# F input features
+# B batch, T positions of this call, D hidden size, V vocabulary, F input features
 
 import math
 from typing import Any
@@ -356,12 +352,6 @@ class RTransformerForMaskedLM(RTransformerPreTrainedModel):
         self.model = RTransformerModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
 
     @can_return_tuple
     def forward(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from modeling_rtransformer import RTransformerForCausalLM
 from tests.conftest import tiny_config
@@ -48,15 +48,16 @@ def test_it_loads_in_another_dtype(dtype, tmp_path):
     assert loaded(ids).logits.isfinite().all()
 
 
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModelForMaskedLM], ids=["causal", "masked"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_embeddings_can_be_resized(tied, tmp_path):
-    model = RTransformerForCausalLM(tiny_config(tie_word_embeddings=tied)).eval()
+def test_embeddings_can_be_resized(tied, auto_class, tmp_path):
+    model = auto_class.from_config(tiny_config(tie_word_embeddings=tied)).eval()
     ids = torch.randint(3, 37, (2, 11))
     before = model(ids).logits
     model.resize_token_embeddings(45)
     assert model.config.vocab_size == 45 and model.lm_head.bias.shape == (45,)
     torch.testing.assert_close(model(ids).logits[..., :37], before)
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = auto_class.from_pretrained(tmp_path)
     assert loaded(torch.tensor([[44]])).logits.shape == (1, 1, 45)
     assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) is tied

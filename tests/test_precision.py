@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from modeling_rtransformer import RTransformerForCausalLM
-from tests.conftest import tiny_config
+from tests.conftest import VARIANTS, tiny_config
 
 
 PLAIN = {"num_local_rnns": 0, "rem_kinds": None}
@@ -28,13 +28,11 @@ def logits_error(dtype, autocast=False, **fields):
     return max(errors)
 
 
-@pytest.mark.parametrize("attention", ["gru", "rsa", "gru-and-rsa", "two-lstm"])
+@pytest.mark.parametrize("variant", ["gru", "rsa", "gru-and-rsa", "two-lstm"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_half_precision_is_as_exact_as_for_plain_attention(dtype, autocast, attention):
-    from tests.conftest import VARIANTS
-
-    fields = {**PLAIN, **VARIANTS[attention]}
+def test_half_precision_is_as_exact_as_for_plain_attention(dtype, autocast, variant):
+    fields = {**PLAIN, **VARIANTS[variant]}
     assert logits_error(dtype, autocast, **fields) <= 2 * logits_error(dtype, autocast, **PLAIN)
 
 
