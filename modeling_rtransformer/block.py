@@ -99,13 +99,16 @@ class RTransformerLocalRNN(nn.Module):
 
     def _with_window_before(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None) -> torch.Tensor:
         """`(B, K - 1 + T, D)`: the K - 1 inputs before, which are zeros at the beginning, then the T inputs."""
+        if past_key_values is None or self.window == 1:
+            return F.pad(hidden_states, (0, 0, self.window - 1, 0))
         needed = self.window - 1 + hidden_states.shape[1]
-        if past_key_values is not None and self.window > 1:
-            states = past_key_values.update_conv_state(
-                hidden_states.transpose(1, 2), self.layer_idx, state_idx=self.rnn_idx, conv_kernel_size=self.window
-            )
-            hidden_states = states[..., -needed:].transpose(1, 2)
-        return F.pad(hidden_states, (0, 0, needed - hidden_states.shape[1], 0))
+        inputs = hidden_states.transpose(1, 2)
+        if not past_key_values.has_previous_state(self.layer_idx, self.rnn_idx):
+            inputs = F.pad(inputs, (self.window - 1, 0))  # here, where the cache would make short inputs a special case
+        states = past_key_values.update_conv_state(
+            inputs, self.layer_idx, state_idx=self.rnn_idx, conv_kernel_size=self.window
+        )
+        return states[..., -needed:].transpose(1, 2)
 
 
 class RTransformerAttention(nn.Module):

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .local_rnn_tiled import TiledLocalRnn
+
 
 NUM_GATES = {"gru": 3, "lstm": 4, "rnn": 1}
 
@@ -59,6 +61,63 @@ def lstm_step(
     return torch.sigmoid(output_gate) * torch.tanh(new_cell), new_cell
 
 
+def local_rnn_plain(
+    projected: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    zero_input: torch.Tensor | None,
+    segment_ids: torch.Tensor | None,
+    rnn_type: str,
+    window: int,
+) -> torch.Tensor:
+    """The K steps of all windows at once in plain PyTorch, on any device and in any dtype; arguments of `local_rnn`."""
+    length = projected.shape[1] - window + 1
+    if segment_ids is not None:
+        neighbours = F.pad(segment_ids, (window - 1, 0), value=-1)  # (B, K - 1 + L)
+    hidden = cell = None
+    for step in range(window):
+        inputs = projected[:, step : step + length]  # (B, L, G D), a view
+        if segment_ids is not None and step < window - 1:
+            same = neighbours[:, step : step + length] == segment_ids
+            inputs = torch.where(same[..., None], inputs, zero_input)
+        recurrent = bias if hidden is None else F.linear(hidden, weight, bias)
+        if rnn_type == "gru":
+            hidden = gru_step(inputs, recurrent, hidden)
+        elif rnn_type == "lstm":
+            hidden, cell = lstm_step(inputs, recurrent, cell)
+        else:
+            hidden = torch.tanh(inputs + recurrent)
+    return hidden
+
+
+def local_rnn_tiled(projected, weight, bias, zero_input, segment_ids, rnn_type, window):
+    """`local_rnn_plain` on a CPU in float32 or float64, several times as fast and without its copies."""
+    needs_grad = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (projected, weight, bias, zero_input)
+    )
+    return TiledLocalRnn.apply(projected, weight, bias, zero_input, segment_ids, rnn_type, window, needs_grad)
+
+
+# Elements of the input from which tiles are faster than plain operations, as scripts/benchmark.py shows.
+TILED_FROM = 2**16
+
+IMPLEMENTATIONS = {"plain": local_rnn_plain, "tiled": local_rnn_tiled}
+
+
+def best_implementation(projected: torch.Tensor, weight: torch.Tensor) -> str:
+    """
+    The name of the fastest implementation for these tensors. Plain operations are what compilers, exporters, torch.func
+    and tensor subclasses (sharded weights among them) take.
+    """
+    plain_tensors = type(projected) is torch.Tensor and type(weight) in (torch.Tensor, nn.Parameter)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not plain_tensors:
+        return "plain"
+    on_cpu = projected.device.type == "cpu" and projected.dtype in (torch.float32, torch.float64)
+    if on_cpu and projected.numel() // weight.shape[0] * weight.shape[1] >= TILED_FROM:
+        return "tiled"
+    return "plain"
+
+
 def local_rnn(
     projected: torch.Tensor,
     recurrent_weight: torch.Tensor,
@@ -68,9 +127,10 @@ def local_rnn(
     window: int,
     segment_ids: torch.Tensor | None = None,
     zero_input: torch.Tensor | None = None,
+    implementation: str = "auto",
 ) -> torch.Tensor:
     """
-    The K steps of all windows at once, on inputs that are projected already.
+    The K steps of all windows, on inputs that are projected already.
 
     Args:
         projected (`(B, K - 1 + L, G D)`): W_x x + b_x of the K - 1 inputs before the sequence and of the L inputs.
@@ -78,30 +138,22 @@ def local_rnn(
         rnn_type: `"gru"`, `"lstm"` or `"rnn"`.
         segment_ids (`(B, L)`, integer, *optional*): windows do not reach into another segment.
         zero_input (`(G D)`): the projection of a zero input, needed with `segment_ids`.
+        implementation: `"plain"`, `"tiled"` (CPU, float32 and float64, differentiable once) or `"auto"`.
 
     Returns:
         `(B, L, D)`: the last hidden state of each window.
     """
-    length = projected.shape[1] - window + 1
-    if segment_ids is not None:
-        neighbours = F.pad(segment_ids, (window - 1, 0), value=-1)  # (B, K - 1 + L)
-    hidden = cell = None
-    recurrent_bias = recurrent_bias.to(projected.dtype)  # under autocast the projection is in half precision
+    recurrent_weight = recurrent_weight.to(projected.dtype)  # under autocast the projection is in half precision
+    recurrent_bias = recurrent_bias.to(projected.dtype)
     if window == 1:  # W_h has no effect, but a gradient of zero, which data-parallel training waits for
         recurrent_bias = F.linear(torch.zeros_like(recurrent_weight[0]), recurrent_weight, recurrent_bias)
-    for step in range(window):
-        inputs = projected[:, step : step + length]  # (B, L, G D), a view
-        if segment_ids is not None and step < window - 1:
-            same = neighbours[:, step : step + length] == segment_ids
-            inputs = torch.where(same[..., None], inputs, zero_input)
-        recurrent = recurrent_bias if hidden is None else F.linear(hidden, recurrent_weight, recurrent_bias)
-        if rnn_type == "gru":
-            hidden = gru_step(inputs, recurrent, hidden)
-        elif rnn_type == "lstm":
-            hidden, cell = lstm_step(inputs, recurrent, cell)
-        else:
-            hidden = torch.tanh(inputs + recurrent)
-    return hidden
+    if implementation == "auto":
+        implementation = best_implementation(projected, recurrent_weight)
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"`implementation` is {implementation!r}, not 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
+    return IMPLEMENTATIONS[implementation](
+        projected, recurrent_weight, recurrent_bias, zero_input, segment_ids, rnn_type, window
+    )
 
 
 def dense_weight(linear: nn.Module, in_features: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +188,7 @@ class LocalRNN(nn.Module):
         self.hidden_size = hidden_size
         self.window = window
         self.rnn_type = rnn_type
+        self.implementation = "auto"
         self.input_proj = GateProjection(hidden_size, NUM_GATES[rnn_type] * hidden_size)
         self.recurrent_proj = GateProjection(hidden_size, NUM_GATES[rnn_type] * hidden_size)
 
@@ -160,6 +213,7 @@ class LocalRNN(nn.Module):
             window=self.window,
             segment_ids=segment_ids,
             zero_input=zero_input,
+            implementation=self.implementation,
         )
 
     def extra_repr(self) -> str:

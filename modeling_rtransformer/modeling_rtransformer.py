@@ -208,7 +208,7 @@ class RTransformerModel(RTransformerPreTrainedModel):
                 position_ids, self.config.hidden_size, inputs_embeds.dtype
             )
         hidden_states = self.dropout(inputs_embeds)
-        for layer in self.layers:
+        for layer in self.layers[: self.config.num_hidden_layers]:
             hidden_states = layer(
                 hidden_states,
                 attention_mask=attention_mask,

@@ -63,9 +63,17 @@ def rem_matrix(heads: RemHeads, positions: torch.Tensor, length: int, dilation: 
     return heads.entries(steps)
 
 
-def rem_rows(heads: RemHeads, values: torch.Tensor, positions: torch.Tensor, dilation: int) -> torch.Tensor:
+def rem_rows(
+    heads: RemHeads,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    dilation: int,
+    gates: torch.Tensor | None = None,
+) -> torch.Tensor:
     """The rows `positions` `(T,)` of the causal P, times values `(B, R, L, d)`: `(B, R, T, d)`. For decoding."""
     matrix = rem_matrix(heads, positions, values.shape[2], dilation, is_causal=True)
+    if gates is not None:
+        matrix = matrix * gates[:, None, None]
     return matrix.to(values.dtype) @ values
 
 
@@ -79,32 +87,45 @@ def chunk_length(steps: int) -> int:
     return min(max(64, 2 ** round(math.log2(steps) / 2)), steps)
 
 
+def toeplitz(column: torch.Tensor) -> torch.Tensor:
+    """The lower triangular Toeplitz matrices `(R, n, n)` with these first columns `(R, n)`."""
+    size = column.shape[1]
+    return F.pad(column, (size - 1, 0)).unfold(1, size, 1).flip(2)
+
+
 class ChunkTables(NamedTuple):
     """What `rem_scan` multiplies with, for chunks of C positions, N of them, in the values' dtype."""
 
-    inside: torch.Tensor  # (R, C, C) P within a chunk
+    inside: torch.Tensor  # (R, C, C) gate * P within a chunk
     collect: torch.Tensor  # (R, 2, C) a chunk's values -> its complex state (real, imaginary) at the chunk's end
     carry: torch.Tensor  # (R, 2, N, 2, N) the states of earlier chunks -> the state at each chunk's start
-    spread: torch.Tensor  # (R, C, 2) the state at the chunk's start -> its rows
+    spread: torch.Tensor  # (R, C, 2) the state at the chunk's start -> its rows, times the gate
 
     @classmethod
-    def make(cls, heads: RemHeads, chunk: int, chunks: int, dtype: torch.dtype) -> "ChunkTables":
-        rows = torch.arange(chunk, device=heads.decay.device)
-        inside = heads.entries(rows[:, None] - rows)
-        collect = torch.stack(heads.powers(chunk - rows), dim=1)
-        order = torch.arange(chunks, device=heads.decay.device)
-        gap = order[:, None] - order - 1  # chunks between the end of one and the start of another
-        real, imaginary = heads.powers(chunk * gap.clamp(min=0))
-        real, imaginary = real.masked_fill(gap < 0, 0), imaginary.masked_fill(gap < 0, 0)
-        carry = torch.stack([torch.stack([real, -imaginary], dim=2), torch.stack([imaginary, real], dim=2)], dim=1)
-        real, imaginary = heads.powers(rows)
+    def make(
+        cls, heads: RemHeads, gates: torch.Tensor | None, chunk: int, chunks: int, dtype: torch.dtype
+    ) -> "ChunkTables":
+        real, imaginary = heads.powers(torch.arange(chunk + 1, device=heads.decay.device))  # (R, C + 1)
+        collect = torch.stack([real, imaginary], dim=1)[:, :, 1:].flip(2)
         is_sine = heads.is_sine[:, None]
         spread = torch.stack([torch.where(is_sine, imaginary, real), torch.where(is_sine, real, -imaginary)], dim=2)
+        spread = spread[:, :chunk]
+        if gates is not None:
+            spread = spread * gates[:, None, None]
+        inside = toeplitz(F.pad(spread[:, 1:, 0], (1, 0)))
+        gap = torch.arange(chunks, device=heads.decay.device) - 1  # chunks between a chunk's end and another's start
+        real, imaginary = heads.powers(chunk * gap.clamp(min=0))
+        real, imaginary = (toeplitz(part.masked_fill(gap < 0, 0)) for part in (real, imaginary))
+        carry = torch.stack([torch.stack([real, -imaginary], dim=2), torch.stack([imaginary, real], dim=2)], dim=1)
         return cls(inside.to(dtype), collect.to(dtype), carry.to(dtype), spread.to(dtype))
 
 
 def rem_scan(
-    heads: RemHeads, values: torch.Tensor, dilation: int, segment_ids: torch.Tensor | None = None
+    heads: RemHeads,
+    values: torch.Tensor,
+    dilation: int,
+    segment_ids: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     The causal P times values, in O(L) memory.
@@ -115,9 +136,10 @@ def rem_scan(
     Args:
         values (`(B, R, L, d)`): zero where padded.
         segment_ids (`(B, L)`, *optional*): packed sequences; nothing crosses from one id to another.
+        gates (`(R,)`, *optional*): a factor of each head's P; it costs nothing here.
 
     Returns:
-        `(B, R, L, d)`: P V.
+        `(B, R, L, d)`: P V, laid out as `(B, L, R, d)`.
     """
     batch, num_heads, length, dim = values.shape
     chunk = chunk_length((length - 1) // dilation + 1)
@@ -125,18 +147,20 @@ def rem_scan(
     if torch.compiler.is_compiling():
         chunks = chunks + 1  # one of zeros, so that no length is a special case in the compiled graph
     padding = chunks * chunk * dilation - length
-    values = F.pad(values, (0, 0, 0, padding)).view(batch, num_heads, chunks, chunk, dilation, dim)
-    tables = ChunkTables.make(heads, chunk, chunks, values.dtype)
+    if torch.compiler.is_compiling() or padding:
+        values = F.pad(values, (0, 0, 0, padding))
+    values = values.reshape(batch, num_heads, chunks, chunk, dilation, dim)
+    tables = ChunkTables.make(heads, gates, chunk, chunks, values.dtype)
     if segment_ids is None:
         product = _scan(tables, values)
     else:
         segment_ids = F.pad(segment_ids, (0, padding), value=-1).view(batch, chunks, chunk, dilation)
         product = _scan_packed(tables, values, segment_ids)
-    return product.reshape(batch, num_heads, chunks * chunk * dilation, dim)[:, :, :length]
+    return product.reshape(batch, chunks * chunk * dilation, num_heads, dim)[:, :length].transpose(1, 2)
 
 
 def _scan(tables: ChunkTables, values: torch.Tensor) -> torch.Tensor:
-    """`rem_scan` on values `(B, R, N, C, m, d)`: four batched products, one head a batch."""
+    """`rem_scan` on values `(B, R, N, C, m, d)`, to `(B, N, C, m, R, d)`: four products, one head a batch."""
     batch, num_heads, chunks, chunk, dilation, dim = values.shape
     width = batch * dilation * dim  # sizes are spelled out: a compiler cannot always work out a -1
     columns = values.permute(1, 3, 2, 0, 4, 5).reshape(num_heads, chunk, chunks * width)
@@ -145,12 +169,12 @@ def _scan(tables: ChunkTables, values: torch.Tensor) -> torch.Tensor:
         states = (tables.collect @ columns).view(num_heads, 2 * chunks, width)
         states = tables.carry.view(num_heads, 2 * chunks, 2 * chunks) @ states
         product = torch.baddbmm(product, tables.spread, states.view(num_heads, 2, chunks * width))
-    return product.view(num_heads, chunk, chunks, batch, dilation, dim).permute(3, 0, 2, 1, 4, 5)
+    return product.view(num_heads, chunk, chunks, batch, dilation, dim).permute(3, 2, 1, 4, 0, 5)
 
 
 def _scan_packed(tables: ChunkTables, values: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
     """
-    `rem_scan` on values `(B, R, N, C, m, d)` and ids `(B, N, C, m)`. Only the sequence that runs over a chunk's end can
+    `rem_scan` on values `(B, R, N, C, m, d)` and ids `(B, N, C, m)`, to `(B, N, C, m, R, d)`. Only the sequence that runs over a chunk's end can
     reach a later chunk, so each state belongs to the id of its chunk's last position.
     """
     values = values.permute(1, 0, 4, 2, 3, 5)  # (R, B, m, N, C, d)
@@ -166,7 +190,7 @@ def _scan_packed(tables: ChunkTables, values: torch.Tensor, segment_ids: torch.T
     states = torch.einsum("rbmxnyk,rbmkyd->rbmnxd", carry, states)
     reached = (ids == before[..., None])[..., None]  # (B, m, N, C, 1)
     product = product + (tables.spread[:, None, None, None] * reached) @ states
-    return product.permute(1, 0, 3, 4, 2, 5)
+    return product.permute(1, 3, 4, 2, 0, 5)
 
 
 class RecurrenceEncoding(nn.Module):
@@ -194,6 +218,7 @@ class RecurrenceEncoding(nn.Module):
         self.head_indices = [head for head, _, _ in rem_heads]
         self.kinds = [kind for _, kind, _ in rem_heads]
         self.dilations = [dilation for _, _, dilation in rem_heads]
+        self.covers_all_heads_in_order = self.head_indices == list(range(num_attention_heads))
         self.eigenvalue_indices, num_regular, num_pairs = self._share_eigenvalues(rem_heads)
         self.eta = nn.Parameter(torch.empty(num_regular))
         self.nu = nn.Parameter(torch.empty(num_pairs))
@@ -264,14 +289,18 @@ class RecurrenceEncoding(nn.Module):
             rem_matrix(RemHeads(*(field[group] for field in heads)), positions, length, dilation, self.is_causal)
             for dilation, group in self._by_dilation()
         ]
-        matrix = heads.decay.new_zeros(self.num_attention_heads, len(positions), length)
+        matrix = heads.decay.new_zeros(self.num_attention_heads, positions.shape[0], length)
         matrix = matrix.index_copy(0, self.head_index, torch.cat(groups))[None]
         if segment_ids is not None:
             matrix = matrix * (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
         return matrix
 
     def product(
-        self, values: torch.Tensor, positions: torch.Tensor | None = None, segment_ids: torch.Tensor | None = None
+        self,
+        values: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+        gates: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
         P V of the R heads that have a REM, ordered by dilation.
@@ -279,30 +308,34 @@ class RecurrenceEncoding(nn.Module):
         Args:
             values (`(B, H, L, d)`): of all heads, zero where padded.
             positions (`(T,)`, *optional*): rows of the queries among the keys; all L of them if None.
+            gates (`(R,)`, *optional*): a factor of each head's P.
 
         Returns:
             `(B, R, T, d)`.
         """
-        values = values.index_select(1, self.head_index)
+        if not self.covers_all_heads_in_order:
+            values = values.index_select(1, self.head_index)
         heads = self.heads()
         products = []
         for dilation, group in self._by_dilation():
             group_heads = RemHeads(*(field[group] for field in heads))
-            group_values = values[:, group]
+            group_gates = None if gates is None else gates[group]
+            group_values = values if len(self.kinds) == group.stop - group.start else values[:, group]
             if positions is None:
-                products.append(self._whole(group_heads, group_values, dilation, segment_ids))
-            elif len(positions) <= chunk_length(values.shape[2]):
-                products.append(rem_rows(group_heads, group_values, positions, dilation))
+                products.append(self._whole(group_heads, group_values, dilation, segment_ids, group_gates))
+            elif torch.compiler.is_exporting() or positions.shape[0] <= chunk_length(values.shape[2]):
+                products.append(rem_rows(group_heads, group_values, positions, dilation, group_gates))
             else:  # as many products as a scan has, which keeps no T x L matrix
-                products.append(rem_scan(group_heads, group_values, dilation).index_select(2, positions))
-        return torch.cat(products, dim=1)
+                product = rem_scan(group_heads, group_values, dilation, gates=group_gates)
+                products.append(product.index_select(2, positions))
+        return torch.cat(products, dim=1) if len(products) > 1 else products[0]
 
-    def _whole(self, heads: RemHeads, values: torch.Tensor, dilation: int, segment_ids: torch.Tensor | None):
-        product = rem_scan(heads, values, dilation, segment_ids)
+    def _whole(self, heads, values, dilation, segment_ids, gates):
+        product = rem_scan(heads, values, dilation, segment_ids, gates)
         if self.is_causal:
             return product
         reverse_ids = None if segment_ids is None else segment_ids.flip(1)
-        return product + rem_scan(heads, values.flip(2), dilation, reverse_ids).flip(2)
+        return product + rem_scan(heads, values.flip(2), dilation, reverse_ids, gates).flip(2)
 
     def forward(
         self,
@@ -321,10 +354,12 @@ class RecurrenceEncoding(nn.Module):
         Returns:
             `(B, T, H, d)`.
         """
-        gates = self.gates().to(attention_output.dtype)
-        product = self.product(values, positions, segment_ids).transpose(1, 2)  # (B, T, R, d)
-        mixed = attention_output * (1 - gates)[:, None]
-        return mixed.index_add(2, self.head_index, product * gates[self.head_index][:, None])
+        gates = self.gates()
+        product = self.product(values, positions, segment_ids, gates[self.head_index]).transpose(1, 2)  # (B, T, R, d)
+        complement = (1 - gates)[:, None].to(attention_output.dtype)
+        if self.covers_all_heads_in_order:
+            return torch.addcmul(product, attention_output, complement)
+        return (attention_output * complement).index_add(2, self.head_index, product)
 
     def mixing_matrix(
         self,
