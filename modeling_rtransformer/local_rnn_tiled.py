@@ -13,7 +13,6 @@ The readable twin is `local_rnn_plain` in local_rnn.py.
 
 # R rows of a tile (T positions of S sequences, time first), D hidden size, G gates, K window
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -59,10 +58,10 @@ class Gates(NamedTuple):
 
 class Cell:
     """
-    One kind of RNN on a tile, every method in place. A step is `activate`, which makes what is kept of it from
-    the inputs, which have `input_bias` in them, and the product W_h h, which may be overwritten; then `advance`, which
-    makes its states, `num_states` times `(R, D)`, from that. Before the first step they are None, for zero. `order` says which gates of torch.nn's order come first, second,
-    ... here, the one that is no sigmoid last.
+    One kind of RNN on a tile, every method in place. A step is `activate`, which makes what is kept of it from the
+    inputs, which have `input_bias` in them, and the product W_h h, which it may overwrite; then `advance`, which makes
+    its states, `num_states` times `(R, D)`, from that. Before the first step product and states are None, for zero.
+    `order` says which gates of torch.nn's order come first, second, ... here, the one that is no sigmoid last.
     """
 
     order: tuple[int, ...]
@@ -245,9 +244,7 @@ class Tile(NamedTuple):
         """The inputs that the tile reads, of K - 1 + L."""
         return slice(self.positions.start, self.positions.stop + window - 1)
 
-    def add_to(
-        self, whole: torch.Tensor, part: torch.Tensor, window: int, columns: list[tuple[slice, slice]]
-    ) -> None:
+    def add_to(self, whole: torch.Tensor, part: torch.Tensor, window: int, columns: list[tuple[slice, slice]]) -> None:
         """
         Writes its part `((T + K - 1) S, G D)` into `whole` `(B, K - 1 + L, G D)`. The K - 1 positions that it shares
         with the tile before are written already, and added to.

@@ -113,9 +113,9 @@ class ChunkTables(NamedTuple):
         if gates is not None:
             spread = spread * gates[:, None, None]
         inside = toeplitz(F.pad(spread[:, 1:, 0], (1, 0)))
-        gap = torch.arange(chunks, device=heads.decay.device) - 1  # chunks between a chunk's end and another's start
-        real, imaginary = heads.powers(chunk * gap.clamp(min=0))
-        real, imaginary = (toeplitz(part.masked_fill(gap < 0, 0)) for part in (real, imaginary))
+        order = torch.arange(chunks, device=heads.decay.device)
+        gap = order[:, None] - order - 1  # chunks between the end of one and the start of another
+        real, imaginary = (part.masked_fill(gap < 0, 0) for part in heads.powers(chunk * gap.clamp(min=0)))
         carry = torch.stack([torch.stack([real, -imaginary], dim=2), torch.stack([imaginary, real], dim=2)], dim=1)
         return cls(inside.to(dtype), collect.to(dtype), carry.to(dtype), spread.to(dtype))
 
@@ -174,8 +174,8 @@ def _scan(tables: ChunkTables, values: torch.Tensor) -> torch.Tensor:
 
 def _scan_packed(tables: ChunkTables, values: torch.Tensor, segment_ids: torch.Tensor) -> torch.Tensor:
     """
-    `rem_scan` on values `(B, R, N, C, m, d)` and ids `(B, N, C, m)`, to `(B, N, C, m, R, d)`. Only the sequence that runs over a chunk's end can
-    reach a later chunk, so each state belongs to the id of its chunk's last position.
+    `rem_scan` on values `(B, R, N, C, m, d)` and ids `(B, N, C, m)`, to `(B, N, C, m, R, d)`. Only the sequence that
+    runs over a chunk's end can reach a later chunk, so each state belongs to the id of its chunk's last position.
     """
     values = values.permute(1, 0, 4, 2, 3, 5)  # (R, B, m, N, C, d)
     ids = segment_ids.permute(0, 3, 1, 2)  # (B, m, N, C)
