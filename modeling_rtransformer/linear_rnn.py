@@ -119,7 +119,7 @@ class RealJordanForm(NamedTuple):
         return self.basis @ torch.block_diag(torch.diag(self.real**exponent), *blocks) @ self.inverse
 
 
-def real_jordan_form(matrix: torch.Tensor, perturbation: float = 0.0) -> RealJordanForm:
+def real_jordan_form(matrix: torch.Tensor, perturbation: float = 0.0, largest: float | None = None) -> RealJordanForm:
     """
     The real Jordan form of a matrix with a basis of eigenvectors and all eigenvalues inside the unit circle.
 
@@ -127,6 +127,8 @@ def real_jordan_form(matrix: torch.Tensor, perturbation: float = 0.0) -> RealJor
         matrix (`(n, n)`): taken in float64.
         perturbation: the size, relative to the matrix's norm, of a fixed random matrix that is added first. It
             separates the eigenvalues of a defective matrix, at the price of that error.
+        largest: bring eigenvalues of a larger size down to this one, below 1, angle and vectors kept. The form is then
+            that of another matrix, which forgets.
 
     Raises:
         ValueError: not square or not finite; an eigenvalue that no REM reaches (tanh(eta) and sigmoid(nu) lie inside
@@ -136,15 +138,18 @@ def real_jordan_form(matrix: torch.Tensor, perturbation: float = 0.0) -> RealJor
         raise ValueError(f"`recurrent` must be a square matrix of finite numbers, got shape {tuple(matrix.shape)}")
     if not 0 <= perturbation < 1:
         raise ValueError(f"`perturbation` must be at least 0 and below 1, got {perturbation}")
+    if largest is not None and not 0 < largest < 1:
+        raise ValueError(f"`largest` must lie above 0 and below 1, got {largest}")
     matrix = matrix.detach().double().cpu()
     if perturbation:
         noise = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         matrix = matrix + perturbation * matrix.norm() * noise / noise.norm()
     values, vectors = torch.linalg.eig(matrix)
-    for value in values[values.abs() >= 1].tolist():
+    for value in values[values.abs() >= 1].tolist() if largest is None else ():
         raise ValueError(
             f"`recurrent` has the eigenvalue {_readable(value)} with |eigenvalue| = {abs(value):.6g}, but a REM "
-            "reaches only those below 1 (tanh(eta) and sigmoid(nu)): such an RNN does not forget; scale the matrix down"
+            "reaches only those below 1 (tanh(eta) and sigmoid(nu)): such an RNN does not forget. `largest`, such as "
+            "0.999, brings eigenvalues down to that size and makes the conversion approximate"
         )
     is_real, is_upper = values.imag == 0, values.imag > 0
     pairs = vectors[:, is_upper]
@@ -161,7 +166,9 @@ def real_jordan_form(matrix: torch.Tensor, perturbation: float = 0.0) -> RealJor
             f"eigenvalues {_readable(first)} and {_readable(second)} lie {abs(first - second):.1e} apart. A small "
             "`perturbation`, such as 1e-8, separates them and makes the conversion approximate"
         )
-    return form
+    if largest is None:
+        return form
+    return form._replace(real=form.real.clamp(-largest, largest), decay=form.decay.clamp(max=largest))
 
 
 def _nearest_pair(values: torch.Tensor) -> tuple[complex, complex]:
@@ -260,6 +267,7 @@ def rsa_from_linear_rnn(
     *,
     gate: float = 0.5,
     perturbation: float = 0.0,
+    largest: float | None = None,
     **fields: Any,
 ) -> RTransformerPreTrainedModel:
     """
@@ -269,7 +277,7 @@ def rsa_from_linear_rnn(
     Args:
         rnn: of n units that reads m features; the model's input is `input_values` `(B, L, m)`.
         model_class: any head; a head's own weights are initialised as ever.
-        gate, perturbation: as in [`load_linear_rnn_`] and [`real_jordan_form`].
+        gate, perturbation, largest: as in [`load_linear_rnn_`] and [`real_jordan_form`].
         fields: more fields of [`RTransformerConfig`], such as `num_labels`.
 
     Returns:
@@ -278,7 +286,7 @@ def rsa_from_linear_rnn(
     Raises:
         ValueError: what [`real_jordan_form`] and [`load_linear_rnn_`] refuse, or shapes that do not fit together.
     """
-    form = real_jordan_form(rnn.recurrent, perturbation)
+    form = real_jordan_form(rnn.recurrent, perturbation, largest)
     units = len(form.basis)
     if rnn.input.dim() != 2 or len(rnn.input) != units or rnn.bias.shape != (units,):
         raise ValueError(

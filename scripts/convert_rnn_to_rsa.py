@@ -8,7 +8,8 @@ Reads a state dict with the names of a one-layer `torch.nn.RNN` (`weight_hh_l0`,
 `bias_hh_l0` and `bias_ih_l0`), with anything before them. `--nonlinearity none` says that the RNN is linear: the model
 then equals it. Of a tanh RNN the linear part is converted: the tangent at zero, or with `--inputs` (a file with one
 tensor `inputs` (batch, length, features)) the best linear fit on what the RNN reads. Eigenvalues on or outside the unit
-circle cannot be converted; a matrix without a basis of eigenvectors only with `--perturbation`.
+circle are converted only with `--largest`, which brings them down to that size; a matrix without a basis of
+eigenvectors only with `--perturbation`.
 
 The last line of stdout is one JSON object; its `error` is the largest difference between the RNN's and the model's
 states, over the largest state, on the inputs given or else on 8 x 64 normal random numbers.
@@ -75,8 +76,9 @@ def main(argv: list[str] | None = None) -> dict:
         "--inputs", type=Path, help="safetensors file with `inputs`, to fit a tanh RNN's linear part on"
     )
     parser.add_argument("--gate", type=float, default=0.5, help="share of the REM in its heads; the model is the same")
+    parser.add_argument("--perturbation", type=float, default=0.0, help="relative size of noise; makes it approximate")
     parser.add_argument(
-        "--perturbation", type=float, default=0.0, help="relative size of noise that separates eigenvalues"
+        "--largest", type=float, help="size that larger eigenvalues are brought down to; approximate too"
     )
     options = parser.parse_args(argv)
     if options.output_dir.exists() and (not options.output_dir.is_dir() or any(options.output_dir.iterdir())):
@@ -86,7 +88,8 @@ def main(argv: list[str] | None = None) -> dict:
         if options.inputs is not None and inputs is None:
             raise ValueError(f"--inputs {options.inputs} must hold a tensor named `inputs`")
         rnn = read_rnn(options.checkpoint)
-        model, error = convert(rnn, options.nonlinearity, inputs, gate=options.gate, perturbation=options.perturbation)
+        settings = {name: getattr(options, name) for name in ("gate", "perturbation", "largest")}
+        model, error = convert(rnn, options.nonlinearity, inputs, **settings)
     except (ValueError, OSError) as problem:
         parser.error(str(problem))
     model.save_pretrained(options.output_dir)

@@ -26,9 +26,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from modeling_rtransformer import RTransformerForSequenceClassification
-from modeling_rtransformer.linear_rnn import LinearRNN, real_jordan_form, rsa_from_linear_rnn
+from modeling_rtransformer.linear_rnn import LinearRNN, rsa_from_linear_rnn
 from scripts.report import machine, versions
 from scripts.sources.digits import Options, load
+
+
+LARGEST = 0.999  # larger eigenvalues, which a REM does not reach, are brought down to this size
 
 
 class Classifier(nn.Module):
@@ -68,7 +71,7 @@ def accuracy(logits_of, split) -> float:
 
 def converted(classifier: Classifier, linear: LinearRNN) -> RTransformerForSequenceClassification:
     """The RNN as RSA heads with the same read-out, which sees the first coordinates of the last hidden state."""
-    model = rsa_from_linear_rnn(linear, RTransformerForSequenceClassification, num_labels=10)
+    model = rsa_from_linear_rnn(linear, RTransformerForSequenceClassification, largest=LARGEST, num_labels=10)
     with torch.no_grad():
         model.score.weight.zero_()
         model.score.weight[:, : len(linear.bias)] = classifier.score.weight
@@ -105,17 +108,10 @@ def main(arguments: list[str] | None = None) -> dict:
     scores = {"tanh RNN": accuracy(classifier, splits["test"])}
     for name, inputs in (("tangent", None), ("fit", splits["train"][0])):
         linear = LinearRNN.from_torch(classifier.rnn, inputs)
-        radius = torch.linalg.eigvals(linear.recurrent).abs().max().item()
-        result[f"largest eigenvalue, {name}"] = radius
-        try:
-            real_jordan_form(linear.recurrent)
-        except ValueError as error:
-            print(f"{name}: {error}", file=sys.stderr)
-            scores[name] = None
-            continue
+        result[f"largest eigenvalue, {name}"] = torch.linalg.eigvals(linear.recurrent).abs().max().item()
         model = converted(classifier, linear)
         logits_of = lambda values, model=model: model(input_values=values.to(model.dtype)).logits  # noqa: E731
-        scores[name] = accuracy(logits_of, splits["test"])
+        scores[f"linear part, {name}"] = accuracy(logits_of, splits["test"])
         refit_readout(model, options.units, splits["train"])
         scores[f"{name}, read-out fitted anew"] = accuracy(logits_of, splits["test"])
         result["parameters, converted"] = model.num_parameters()

@@ -129,6 +129,11 @@ def gate_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["layer"], row["head"]))
 
 
+def _reads_its_mask(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the mask in a text becomes the mask token, as the pipeline needs; ours take it for text."""
+    return tokenizer.mask_token is not None and tokenizer.mask_token_id in tokenizer(tokenizer.mask_token).input_ids
+
+
 def render(
     *,
     repo_id: str,
@@ -150,7 +155,7 @@ def render(
     config, head = model.config, head_of(model.config)
     reads_numbers = config.num_input_features is not None
     has_pipeline = not reads_numbers and tokenizer is not None and head.pipeline not in GONE_PIPELINES
-    if head.pipeline == "fill-mask" and (tokenizer is None or tokenizer.mask_token is None):
+    if head.pipeline == "fill-mask" and not (has_pipeline and _reads_its_mask(tokenizer)):
         has_pipeline = False
     data = recipe.sections["data"] if recipe is not None else {}
     source = SOURCES.get(data.get("source"))

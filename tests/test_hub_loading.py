@@ -1,4 +1,4 @@
-"""A pushed model loads anywhere: in an environment without our package, every head by every Auto class, pinned, offline."""
+"""A pushed model loads anywhere: without our package, every head by every Auto class, pinned, sharded, offline."""
 
 import json
 import os
@@ -150,6 +150,7 @@ def a_tokenizer(mask=False) -> PreTrainedTokenizerFast:
     )
     if mask:
         tokenizer.add_special_tokens({"mask_token": "<mask>"})
+        tokenizer.split_special_tokens = False
     return tokenizer
 
 
@@ -215,7 +216,7 @@ def test_push_to_hub_of_the_model_itself_carries_the_code_too(hub, bare_python, 
 
 @pytest.mark.slow
 def test_a_trained_model_writes_code_in_a_new_environment_of_released_packages(tmp_path, monkeypatch):
-    """The recipe stdlib-code for some seconds, pushed; then `pip install torch transformers` alone, load and generate."""
+    """The recipe stdlib-code for some seconds, pushed; then `pip install torch transformers`, load and generate."""
     import transformers
 
     python = tmp_path / "venv" / "bin" / "python"

@@ -171,6 +171,17 @@ def test_a_perturbation_converts_a_defective_matrix_with_an_error_of_its_size():
     assert 1e-12 < error < 1e-6
 
 
+def test_eigenvalues_that_are_too_large_can_be_brought_down():
+    matrix = mixed(1.5, -0.3, rotation(2.0, 0.7))
+    values = torch.linalg.eigvals(real_jordan_form(matrix, largest=0.9).power(1))
+    assert sorted(values.abs().tolist()) == pytest.approx([0.3, 0.9, 0.9, 0.9])
+    assert values.angle().max().item() == pytest.approx(torch.pi) and 0.7 == pytest.approx(
+        values[values.imag > 0].angle().item()
+    )
+    with pytest.raises(ValueError, match="`largest` must lie above 0 and below 1, got 1.0"):
+        real_jordan_form(matrix, largest=1.0)
+
+
 @pytest.mark.parametrize("gate", [0.0, 1.0, float("nan")])
 def test_a_gate_has_to_leave_room_for_both(gate):
     with pytest.raises(ValueError, match="`gate` must lie above 0 and below 1, got"):
@@ -211,6 +222,8 @@ def test_the_script_converts_a_file_and_tells_the_error(tmp_path, capsys):
     tangent = convert_rnn_to_rsa.main([*arguments, str(tmp_path / "tanh")])
     inputs = ["--inputs", str(tmp_path / "inputs.safetensors")]
     fitted = convert_rnn_to_rsa.main([*arguments, str(tmp_path / "fit"), *inputs])
+    large = convert_rnn_to_rsa.main([*arguments, str(tmp_path / "largest"), "--largest", "0.3"])
+    assert large["error"] != tangent["error"]
     assert 1e-3 < fitted["error"] < 1 and 1e-3 < tangent["error"]
     model = AutoModel.from_pretrained(tmp_path / "fit")
     assert model.dtype == torch.float64 and model.config.rem_kinds == fitted["rem_kinds"]
