@@ -86,10 +86,12 @@ def describe(config) -> list[str]:
     lines = []
     if config.num_local_rnns:
         count = "A LocalRNN" if config.num_local_rnns == 1 else f"{config.num_local_rnns} LocalRNNs"
-        sides = "the last" if config.is_causal else "both sides'"
+        window = config.local_window
+        sides = (
+            f"the last {window} positions" if config.is_causal else f"the last {window} and the next {window} positions"
+        )
         lines.append(
-            f"{count} ({config.local_rnn_type.upper()}) over {sides} {config.local_window} positions before each "
-            "attention layer (R-Transformer)."
+            f"{count} ({config.local_rnn_type.upper()}) over {sides} before each attention layer (R-Transformer)."
         )
     heads = [kind.replace("_", " ") for kind in config.rem_kinds or [] if kind != "none"]
     if heads:

@@ -19,7 +19,6 @@ from scripts import push_to_hub, train
 from scripts.tokenization import Options, build_tokenizer
 from tests.conftest import tiny_config
 from tests.hub_server import WRITE_TOKEN, HubServer
-from tests.test_push_to_hub import hub  # noqa: F401 - the same server and log-in
 
 
 LOAD = """
@@ -87,7 +86,7 @@ def load(python, places, auto_classes, cwd, package=False, arguments=None, **env
 
 
 @pytest.fixture
-def pushed(hub, tmp_path):  # noqa: F811
+def pushed(hub, tmp_path):
     """Every head, pushed, and what its base gives here."""
     expected = {}
     for auto_class, model_class in model_classes().items():
@@ -99,7 +98,7 @@ def pushed(hub, tmp_path):  # noqa: F811
     return expected
 
 
-def test_every_head_by_every_auto_class_with_and_without_the_package_then_offline(hub, pushed, bare_python, tmp_path):  # noqa: F811
+def test_every_head_by_every_auto_class_with_and_without_the_package_then_offline(hub, pushed, bare_python, tmp_path):
     auto_classes = list(model_classes())
     places = [f"someone/{auto_class}" for auto_class in auto_classes]
     ways = {
@@ -117,7 +116,7 @@ def test_every_head_by_every_auto_class_with_and_without_the_package_then_offlin
                 torch.testing.assert_close(torch.tensor(found[place]["output"]), output, rtol=1e-5, atol=1e-6)
 
 
-def test_a_pinned_revision_has_its_own_weights_and_code(hub, bare_python, tmp_path):  # noqa: F811
+def test_a_pinned_revision_has_its_own_weights_and_code(hub, bare_python, tmp_path):
     outputs, commits = [], []
     for seed in range(2):
         torch.manual_seed(seed)
@@ -133,7 +132,7 @@ def test_a_pinned_revision_has_its_own_weights_and_code(hub, bare_python, tmp_pa
         )
 
 
-def test_sharded_weights_load(hub, bare_python, tmp_path):  # noqa: F811
+def test_sharded_weights_load(hub, bare_python, tmp_path):
     model = model_classes()["AutoModelForCausalLM"](tiny_config()).eval()
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
     push_to_hub.push(tmp_path / "model", "someone/model")
@@ -166,7 +165,7 @@ CARDS = {
 }
 
 
-def test_the_examples_of_every_card_run_as_printed(hub, bare_python, tmp_path):  # noqa: F811
+def test_the_examples_of_every_card_run_as_printed(hub, bare_python, tmp_path):
     """Each card's Python blocks, one after another, in an environment without the package."""
     programs = {}
     for title, (auto_class, has_tokenizer, fields) in CARDS.items():
@@ -191,7 +190,7 @@ def test_the_examples_of_every_card_run_as_printed(hub, bare_python, tmp_path): 
     assert "torch.Size([1, 64, 37])" in printed  # the logits of the one without a tokenizer
 
 
-def test_a_pushed_metric_is_found_by_evaluate(hub, bare_python, tmp_path):  # noqa: F811
+def test_a_pushed_metric_is_found_by_evaluate(hub, bare_python, tmp_path):
     pytest.importorskip("evaluate")
     scores = {"perplexity": {"nll": [2.0], "count": [4]}, "accuracy": {"predictions": [1, 0], "references": [1, 1]}}
     for name in scores:
@@ -206,7 +205,7 @@ def test_a_pushed_metric_is_found_by_evaluate(hub, bare_python, tmp_path):  # no
     assert json.loads(printed[-1]) == {"accuracy": 0.5}
 
 
-def test_push_to_hub_of_the_model_itself_carries_the_code_too(hub, bare_python, tmp_path):  # noqa: F811
+def test_push_to_hub_of_the_model_itself_carries_the_code_too(hub, bare_python, tmp_path):
     model = model_classes()["AutoModelForCausalLM"](tiny_config()).eval()
     model.push_to_hub("someone/direct")
     found = load(bare_python, ["someone/direct"], ["AutoModelForCausalLM", "AutoModel"], tmp_path, HF_ENDPOINT=hub.url)

@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import time
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, constants
@@ -18,25 +16,11 @@ from modeling_rtransformer.hub_files import HUB_FILES, PICKLES, HubFilesCallback
 from scripts import push_to_hub, train
 from scripts.hub_upload import PushError
 from tests.conftest import tiny_config
-from tests.hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN, HubServer
+from tests.hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN
 from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
 
 
 PACKAGE = Path(modeling_rtransformer.__file__).parent
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A Hub of our own, in whose reach this process is, logged in as `someone`; waiting takes no time."""
-    with HubServer() as server:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)
-        yield server
 
 
 @pytest.fixture(scope="module")
