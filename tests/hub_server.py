@@ -146,7 +146,8 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             if fault.status is not None:
                 self.answer(fault.status, {"error": f"made to fail with {fault.status}"}, **fault.headers)
-            self.wfile.flush()
+                self.wfile.flush()
+                self.rfile.read(length - length // 2)  # unread, it would reset the connection before the answer is seen
             return
         self.body = self.rfile.read(length) if length else self.read_chunks()
         self.hub.requests.append((self.command, path))

@@ -328,6 +328,16 @@ def test_training_with_push_to_hub_carries_the_code_and_no_pickle_from_the_first
     assert not any(WRITE_TOKEN.encode() in content for content in commits[-1].files.values())
 
 
+def test_whole_checkpoints_with_their_optimizer_are_never_pushed(hub, tmp_path):
+    recipe = write_recipe(tmp_path, LANGUAGE_MODELING, write_text(tmp_path))
+    pushing = {"push_to_hub": "true", "hub_model_id": "someone/live", "hub_strategy": "all_checkpoints"}
+    settings = [part for key, value in pushing.items() for part in ("--set", f"training.{key}={value}")]
+    train.main([str(recipe), "--output-dir", str(tmp_path / "run"), *settings])
+    commits = hub.repos["model", "someone/live"].branches["main"]
+    assert any(b"/optimizer.pt" in body for body in hub.bodies), "Trainer did not try to push a whole checkpoint"
+    assert not [name for commit in commits for name in commit.files if "/" in name or name.endswith((".pt", ".pth"))]
+
+
 def test_the_callback_keeps_to_the_list(tmp_path):
     from transformers import TrainingArguments
 
