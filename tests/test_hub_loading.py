@@ -187,6 +187,7 @@ def test_the_examples_of_every_card_run_as_printed(hub, bare_python, tmp_path):
     program += "    for block in blocks:\n        exec(block, names)\n    print('ran', title)\n"
     printed = elsewhere(bare_python, program, json.dumps(programs), cwd=tmp_path, HF_ENDPOINT=hub.url)
     assert all(f"ran {title}\n" in printed for title in CARDS)
+    assert "custom code" not in printed  # a question whether to run it, which trust_remote_code=True answers
     assert "torch.Size([1, 64, 37])" in printed  # the logits of the one without a tokenizer
 
 
@@ -225,6 +226,7 @@ def test_a_trained_model_writes_code_in_a_new_environment_of_released_packages(t
         subprocess.run([str(python), "-m", "pip", "install", "--quiet", package], check=True)
     with HubServer() as server:
         settings = ["budget.max_seconds=20", "task.max_eval_rows=4", "training.use_cpu=true", "data.max_files=6"]
+        settings += ["tokenizer.min_frequency=1"]
         arguments = [part for setting in settings for part in ("--set", setting)]
         train.main(["stdlib-code", "--output-dir", str(tmp_path / "run"), *arguments])
         env = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": WRITE_TOKEN, "HF_HUB_OFFLINE": "0"}
@@ -236,3 +238,4 @@ def test_a_trained_model_writes_code_in_a_new_environment_of_released_packages(t
         assert len(blocks) == 3 and "bits per character" in card
         printed = elsewhere(python, "\n".join(blocks), cwd=tmp_path, HF_ENDPOINT=server.url)
     assert printed.count("def read_file(path):") == 2 and len(printed) > 150
+    assert "custom code" not in printed  # a question whether to run it, which trust_remote_code=True answers
