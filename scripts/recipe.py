@@ -234,6 +234,11 @@ def _check_training(values: Mapping[str, Any]) -> Mapping[str, Any]:
     fields = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
     if "output_dir" in values:
         raise ValueError("`training.output_dir` is not a setting of a recipe; use --output-dir")
+    for name in ("hub_token", "push_to_hub_token"):
+        if name in values:  # it would be written into training.toml and results.json
+            raise ValueError(
+                f"`training.{name}` is not a setting of a recipe; log in with `hf auth login` or set HF_TOKEN"
+            )
     _refuse_unknown(values, list(fields), "`training.{}` is not a field of TrainingArguments")
     _check_types(fields, values, "training")
     return values

@@ -1,5 +1,6 @@
 """What a run reports: its result, where it was obtained, and its training curve."""
 
+import math
 import os
 import platform
 import subprocess
@@ -68,4 +69,39 @@ def plot_curve(rows: dict[str, list], metric: str, path: Path) -> None:
     points = [(row["step"], row[metric]) for row in rows["evaluation"]]
     metric_axes.plot([step for step, _ in points], [value for _, value in points], "o-")
     metric_axes.set_ylabel(f"{metric.replace('_', ' ')}, validation")
+    figure.savefig(path, dpi=150)
+
+
+def plot_gates(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the gate of each layer and REM head, and the eigenvalues in the unit circle, if matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    layers, heads = (sorted({row[name] for row in rows}) for name in ("layer", "head"))
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    gate_axes, plane = figure.subplots(1, 2)
+    gates = [[math.nan] * len(heads) for _ in layers]
+    for row in rows:
+        place = layers.index(row["layer"]), heads.index(row["head"])
+        gates[place[0]][place[1]] = row["gate"]
+        colour = "white" if row["gate"] < 0.5 else "black"
+        gate_axes.text(place[1], place[0], f"{row['gate']:.2f}", ha="center", va="center", color=colour)
+        sides = (1, -1) if row["angle"] else (1,)  # a cyclical head stands for a complex pair
+        plane.plot(
+            [row["decay"] * math.cos(row["angle"])] * len(sides),
+            [side * row["decay"] * math.sin(row["angle"]) for side in sides],
+            "o", color=f"C{layers.index(row['layer']) % 10}", alpha=0.7,
+        )  # fmt: skip
+    gate_axes.imshow(gates, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+    gate_axes.set(xlabel="head", ylabel="layer", title="gate: share of the REM")
+    gate_axes.set_xticks(range(len(heads)), heads)
+    gate_axes.set_yticks(range(len(layers)), layers)
+    circle = [2 * math.pi * step / 200 for step in range(201)]
+    plane.plot([math.cos(angle) for angle in circle], [math.sin(angle) for angle in circle], color="0.8", lw=1)
+    for layer in layers:
+        plane.plot([], [], "o", color=f"C{layers.index(layer) % 10}", label=f"layer {layer}")
+    plane.set(aspect="equal", xlabel="real part", ylabel="imaginary part", title="eigenvalues")
+    if len(layers) <= 10:
+        plane.legend(loc="lower left", fontsize="small")
     figure.savefig(path, dpi=150)

@@ -4,11 +4,14 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
+from modeling_rtransformer.hub_files import HubFilesCallback
 from scripts.tasks.prepared import Prepared
 
 
 def make_trainer(model: PreTrainedModel, args: TrainingArguments, prepared: Prepared, **options) -> Trainer:
-    """A `Trainer` of the task, for training or only for scoring."""
+    """A `Trainer` of the task, for training or only for scoring; what it pushes to the Hub is complete and safe."""
+    if args.push_to_hub:
+        options["callbacks"] = [*options.get("callbacks", ()), HubFilesCallback()]
     return Trainer(
         model=model,
         args=args,

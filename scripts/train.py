@@ -10,7 +10,8 @@ A recipe is a folder of configuration/ by name, or any folder with a config.json
 runs/<recipe>, or --output-dir: checkpoint-<step>/ while it trains, and final/ at the end, which has the best model, its
 tokenizer, results.json, curve.json, curve.png and training.toml. final/ is a recipe itself, and what evaluate.py and
 generate.py take. Progress goes to stderr. The last line of stdout is the result, the JSON of results.json on one line.
-Under accelerate launch, leave training.use_cpu out where there are GPUs.
+Under accelerate launch, leave training.use_cpu out where there are GPUs. With --set training.push_to_hub=true (and
+training.hub_model_id) the checkpoints go to the Hub as they are made, and final/ with its card at the end.
 """
 
 import sys
@@ -32,6 +33,8 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_
 
 from scripts.budget import TimeBudget
 from scripts.checkpoints import newest_complete, put_in_place, restore_callbacks
+from scripts.hub_upload import PushError
+from scripts.push_to_hub import push
 from scripts.recipe import Recipe, read_recipe
 from scripts.report import commit, curve, machine, plot_curve, versions
 from scripts.scoring import make_trainer, score
@@ -130,6 +133,15 @@ def save_final(trainer: Trainer, prepared: Prepared, recipe: Recipe, result: dic
     put_in_place(partial, folder)
 
 
+def push_final(trainer: Trainer, folder: Path) -> None:
+    """Put the final model with its card in place of what was pushed during training; the run is saved already."""
+    options = {"private": bool(trainer.args.hub_private_repo), "revision": trainer.args.hub_revision}
+    try:
+        print(f"pushed to {push(folder, trainer.hub_model_id, **options)['url']}", file=sys.stderr)
+    except (PushError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}. The run is saved in {folder}; push it with scripts/push_to_hub.py")
+
+
 def main(arguments: list[str] | None = None) -> dict | None:
     """Train; the result on the main process, None on the others."""
     started = time.monotonic()
@@ -161,6 +173,8 @@ def main(arguments: list[str] | None = None) -> dict | None:
     if trainer.is_world_process_zero():
         with full_disk_explained(output_dir, bytes_needed=12 * model.num_parameters()):
             save_final(trainer, prepared, recipe, result, output_dir / "final")
+        if args.push_to_hub:
+            push_final(trainer, output_dir / "final")
     trainer.accelerator.end_training()
     return result if trainer.is_world_process_zero() else None
 

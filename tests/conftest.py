@@ -1,14 +1,18 @@
 """What the tests share: no network, a GPU mark, and small models of every kind."""
 
 import os
+import time
 
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test that needs the network must fail
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import constants
 
 from modeling_rtransformer import RTransformerConfig
+from tests.hub_server import WRITE_TOKEN, HubServer
 
 
 RSA = {
@@ -57,6 +61,20 @@ def variant(request):
 def seed():
     """The same random numbers in every test, whatever ran before."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub of our own, in whose reach this process is, logged in as `someone`; waiting takes no time."""
+    with HubServer() as server:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)
+        yield server
 
 
 def pytest_collection_modifyitems(items):

@@ -1,0 +1,160 @@
+"""
+The folder of a model as it is pushed: weights, code, tokenizer, card, results and recipe, and nothing else.
+
+Only names in `HUB_FILES` are ever taken along. Settings that say where things lie on the machine of the training are
+cut down to file names or left out, and then every text is searched for the machine's paths and names and for tokens: a
+push with one of them is refused, by file and what was found.
+"""
+
+import dataclasses
+import getpass
+import json
+import platform
+import re
+import shutil
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import transformers
+from huggingface_hub import get_token
+from transformers import AutoConfig, AutoTokenizer
+
+from modeling_rtransformer import RTransformerConfig
+from modeling_rtransformer.hub_files import HUB_FILES, PICKLES, TOKENIZER_FILES, WEIGHT_FILES
+from scripts.checkpoints import load_model
+from scripts.model_card import gate_rows, head_of, render
+from scripts.recipe import Recipe, read_recipe
+from scripts.report import plot_curve, plot_gates
+
+
+COPIED = ("generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILES, "curve.json", "curve.png")
+DATA_FILES = ("train", "validation", "test")  # settings of [data] that name files
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+HOME = re.compile(r"(?:/home|/Users|[A-Za-z]:\\+Users)[/\\]+[\w.-]+")
+
+
+def write_folder(checkpoint: Path, folder: Path, repo_id: str, license: str = "apache-2.0") -> list[str]:
+    """
+    Write what belongs to the model in `checkpoint` into the new or empty `folder`; the names of the files.
+
+    Raises:
+        ValueError, OSError: no R-Transformer, no safetensors, weights that are missing, a path or a token in a text.
+    """
+    if not (checkpoint / "config.json").is_file():
+        raise FileNotFoundError(f"{checkpoint} is no saved model: it has no config.json")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} must be a new or empty folder")
+    config = AutoConfig.from_pretrained(checkpoint)
+    if not isinstance(config, RTransformerConfig):
+        raise ValueError(f"{checkpoint} must hold a model of type 'rtransformer', got {config.model_type!r}")
+    if not list(checkpoint.glob("model*.safetensors")):
+        found = ", ".join(path.name for pattern in PICKLES for path in checkpoint.glob(pattern))
+        raise ValueError(
+            f"{checkpoint} has no model.safetensors (found {found or 'no weights'}); save the model with "
+            "`save_pretrained`, which writes safetensors"
+        )
+    model = load_model(getattr(transformers, head_of(config).auto_class), checkpoint).eval()
+    has_tokenizer = (checkpoint / "tokenizer_config.json").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint) if has_tokenizer else None
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(checkpoint.iterdir()):
+        if path.is_file() and any(fnmatch(path.name, pattern) for pattern in COPIED):
+            shutil.copyfile(path, folder / path.name)
+    config.save_pretrained(folder)  # and the code, by which it has registered itself
+    results, recipe = None, None
+    if (checkpoint / "training.toml").is_file():
+        recipe = public_recipe(read_recipe(checkpoint.resolve()))
+        recipe.save(folder)
+    if (checkpoint / "results.json").is_file():
+        results = public_results(json.loads((checkpoint / "results.json").read_text(encoding="utf-8")))
+        (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if (folder / "curve.json").is_file() and not (folder / "curve.png").is_file() and recipe is not None:
+        rows = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
+        plot_curve(rows, recipe.report.metrics[0], folder / "curve.png")
+    gates = gate_rows(model)
+    if gates:
+        plot_gates(gates, folder / "gates.png")
+    card = render(
+        repo_id=repo_id,
+        model=model,
+        tokenizer=tokenizer,
+        results=results,
+        recipe=recipe,
+        files=sorted(path.name for path in folder.iterdir()),
+        license=license,
+    )
+    card.save(folder / "README.md")
+    names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        assert any(fnmatch(name, pattern) for pattern in HUB_FILES), name
+    refuse_secrets(folder, checkpoint, repo_id)
+    return names
+
+
+def public_recipe(recipe: Recipe) -> Recipe:
+    """The recipe without where files lie on this machine, and without the settings of pushing and logging."""
+    data = dict(recipe.sections["data"])
+    for split in DATA_FILES:
+        if data.get("source") == "files" and split in data:
+            data[split] = _file_names(data[split])
+    if data.get("source") == "hub" and Path(data["dataset"]).is_dir():
+        data["dataset"] = Path(data["dataset"]).name
+    sections = {**recipe.sections, "data": data}
+    if "training" in sections:
+        kept = {key: value for key, value in sections["training"].items() if not _is_private(key)}
+        sections["training"] = kept
+    return dataclasses.replace(recipe, sections=sections)
+
+
+def public_results(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The results, with file names alone in the overrides of the command line."""
+    overrides = []
+    for override in results.get("overrides", []):
+        key, _, value = override.partition("=")
+        section, _, name = key.strip().partition(".")
+        if section == "training" and _is_private(name):
+            continue
+        overrides.append(f"{key}={re.sub(r'[^,[]*[/]', '', value)}" if section == "data" else override)
+    return {**results, "overrides": overrides}
+
+
+def _file_names(value: str | list[str]) -> str | list[str]:
+    return Path(value).name if isinstance(value, str) else [Path(name).name for name in value]
+
+
+def _is_private(setting: str) -> bool:
+    return setting.startswith(("hub_", "push_to_hub", "logging_dir", "run_name", "resume_from", "report_to"))
+
+
+def refuse_secrets(folder: Path, checkpoint: Path, repo_id: str) -> None:
+    """Raise a ValueError that names the file and the kind of thing, never a token itself."""
+    places = {str(Path.home()), str(Path.cwd()), str(checkpoint.resolve()), str(checkpoint.resolve().parent)} - {"/"}
+    names = {platform.node(), _user()} - {"root", "user", "admin", "localhost", *repo_id.split("/")}
+    token = get_token()
+    for path in sorted(folder.iterdir()):
+        text = _text(path)
+        if (token and token in text) or TOKEN.search(text):
+            raise ValueError(f"{path.name} has a Hub token in it; take it out, and revoke the token if it is shared")
+        found = [place for place in places if re.search(re.escape(place) + r"(?![\w.-])", text)]
+        found += [match[0] for match in HOME.finditer(text)]
+        if path.suffix in (".json", ".toml") and path.name != "tokenizer.json":  # a vocabulary may well hold a name
+            found += [name for name in names if len(name) > 3 and re.search(rf"\b{re.escape(name)}\b", text)]
+        if found:
+            raise ValueError(f"{path.name} names this machine or its user ({found[0]!r}); take it out before pushing")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a user without a name
+        return ""
+
+
+def _text(path: Path) -> str:
+    """What can be read in a file: all of a text, the header of a safetensors file, the comments of a picture."""
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            return file.read(int.from_bytes(file.read(8), "little")).decode("utf-8", errors="replace")
+        return file.read().decode("utf-8", errors="replace")

@@ -1,0 +1,202 @@
+"""
+The card of a model: `hub_card.md`, filled in from the checkpoint's config, weights, results and recipe.
+
+What was not measured is not written: without results.json the card says so and has no figures.
+"""
+
+import dataclasses
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from scripts.recipe import Recipe
+from scripts.sources import SOURCES
+
+
+TEMPLATE = Path(__file__).resolve().parent.parent / "hub_card.md"
+METRICS = Path(__file__).resolve().parent / "metrics"
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How a model class is loaded and what it is for: Auto class, pipeline of the Hub, and a word for people."""
+
+    auto_class: str
+    pipeline: str
+    purpose: str
+
+
+HEADS = {
+    "RTransformerModel": Head("AutoModel", "feature-extraction", "encoder"),
+    "RTransformerForCausalLM": Head("AutoModelForCausalLM", "text-generation", "causal language model"),
+    "RTransformerForMaskedLM": Head("AutoModelForMaskedLM", "fill-mask", "masked language model"),
+    "RTransformerForSequenceClassification": Head(
+        "AutoModelForSequenceClassification", "text-classification", "sequence classifier"
+    ),
+    "RTransformerForTokenClassification": Head(
+        "AutoModelForTokenClassification", "token-classification", "token classifier"
+    ),
+    "RTransformerForQuestionAnswering": Head(
+        "AutoModelForQuestionAnswering", "question-answering", "extractive question answering model"
+    ),
+}
+GONE_PIPELINES = {"question-answering"}  # Transformers 5 has none any more
+EXAMPLES = {"stdlib_code": "def read_file(path):"}  # a beginning that suits the data, by source
+
+
+def head_of(config) -> Head:
+    """The head that the checkpoint was saved with; raises ValueError if its config does not tell."""
+    names = config.architectures or []
+    if len(names) != 1 or names[0] not in HEADS:
+        raise ValueError(f"`architectures` of config.json must be one of {', '.join(HEADS)}, got {names}")
+    return HEADS[names[0]]
+
+
+def own_metrics(split: Mapping[str, float]) -> dict[str, float]:
+    """Those of a split's figures that are metrics of the model, not of what it is compared with."""
+    return {name: value for name, value in split.items() if (METRICS / name).is_dir()}
+
+
+def eval_results(results: Mapping[str, Any], recipe: Recipe | None, head: Head) -> list[EvalResult]:
+    """The measured metrics as the Hub's `model-index` wants them."""
+    source = recipe.sections["data"]["source"] if recipe is not None else results["recipe"]
+    dataset = recipe.sections["data"].get("dataset", source) if recipe is not None else source
+    return [
+        EvalResult(
+            task_type=head.pipeline,
+            dataset_type=dataset,
+            dataset_name=dataset.replace("_", " "),
+            dataset_split=split,
+            metric_type=name,
+            metric_name=name.replace("_", " "),
+            metric_value=value,
+        )
+        for split, scores in results["metrics"].items()
+        for name, value in own_metrics(scores).items()
+    ]
+
+
+def describe(config) -> list[str]:
+    """One sentence for each choice of the architecture."""
+    lines = []
+    if config.num_local_rnns:
+        count = "A LocalRNN" if config.num_local_rnns == 1 else f"{config.num_local_rnns} LocalRNNs"
+        window = config.local_window
+        sides = (
+            f"the last {window} positions" if config.is_causal else f"the last {window} and the next {window} positions"
+        )
+        lines.append(
+            f"{count} ({config.local_rnn_type.upper()}) over {sides} before each attention layer (R-Transformer)."
+        )
+    heads = [kind.replace("_", " ") for kind in config.rem_kinds or [] if kind != "none"]
+    if heads:
+        lines.append(
+            f"{len(heads)} of {config.num_attention_heads} attention heads mixed with a Recurrence Encoding Matrix "
+            f"({', '.join(heads)}) (RSA)."
+        )
+    if config.position_embedding == "none":
+        lines.append("No position embedding.")
+    else:
+        lines.append(f"Position embedding: {config.position_embedding}.")
+    lines.append("It sees the past only." if config.is_causal else "It sees both sides.")
+    return lines
+
+
+def gate_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """For each layer with REM heads: its index, and kind, dilation, gate and eigenvalue of each head."""
+    rows = []
+    for index, layer in enumerate(model.base_model.layers):
+        recurrence = layer.self_attn.recurrence
+        if recurrence is None:
+            continue
+        learned, gates = recurrence.heads(), recurrence.gates()
+        for place, head in enumerate(recurrence.head_indices):
+            decay, angle = learned.decay[place].item(), learned.angle[place].item()
+            rows.append(
+                {
+                    "layer": index,
+                    "head": head,
+                    "kind": recurrence.kinds[place].replace("_", " "),
+                    "dilation": recurrence.dilations[place],
+                    "gate": gates[head].item(),
+                    "decay": decay,
+                    "angle": angle,
+                }
+            )
+    return sorted(rows, key=lambda row: (row["layer"], row["head"]))
+
+
+def _reads_its_mask(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the mask in a text becomes the mask token, as the pipeline needs; ours take it for text."""
+    return tokenizer.mask_token is not None and tokenizer.mask_token_id in tokenizer(tokenizer.mask_token).input_ids
+
+
+def render(
+    *,
+    repo_id: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    results: Mapping[str, Any] | None,
+    recipe: Recipe | None,
+    files: list[str],
+    license: str = "apache-2.0",
+) -> ModelCard:
+    """
+    The card of `model` in the repository `repo_id`.
+
+    Args:
+        results: the content of results.json; None if nothing was measured.
+        recipe: what the model was trained with; None if it is not known.
+        files: names of what lies beside the card; plots that are not there are not shown.
+    """
+    config, head = model.config, head_of(model.config)
+    reads_numbers = config.num_input_features is not None
+    has_pipeline = not reads_numbers and tokenizer is not None and head.pipeline not in GONE_PIPELINES
+    if head.pipeline == "fill-mask" and not (has_pipeline and _reads_its_mask(tokenizer)):
+        has_pipeline = False
+    data = recipe.sections["data"] if recipe is not None else {}
+    source = SOURCES.get(data.get("source"))
+    card_data = ModelCardData(
+        license=license,
+        library_name="transformers",
+        pipeline_tag=None if reads_numbers else head.pipeline,
+        tags=["r-transformer", "rsa", "recurrence", "custom_code"],
+        datasets=[data["dataset"]] if data.get("source") == "hub" else None,
+        metrics=sorted({name for split in results["metrics"].values() for name in own_metrics(split)})
+        if results
+        else None,
+        model_name=repo_id.split("/")[-1],
+        eval_results=eval_results(results, recipe, head) if results else None,
+    )
+    return ModelCard.from_template(
+        card_data,
+        template_path=str(TEMPLATE),
+        repo_id=repo_id,
+        title=repo_id.split("/")[-1].replace("_", " "),
+        head=head,
+        config=config,
+        architecture=describe(config),
+        parameters=model.num_parameters(),
+        dtype=str(model.dtype).removeprefix("torch."),
+        has_tokenizer=tokenizer is not None,
+        has_pipeline=has_pipeline,
+        reads_numbers=reads_numbers,
+        has_unknown=getattr(tokenizer, "unk_token", None) is not None,
+        mask_token=getattr(tokenizer, "mask_token", None),
+        example=EXAMPLES.get(data.get("source"), "The "),
+        labels=[config.id2label[index] for index in sorted(config.id2label)],
+        about_data=inspect.getdoc(source) if source is not None else None,
+        data={key: value for key, value in data.items() if key != "source"},
+        training=recipe.sections.get("training", {}) if recipe is not None else {},
+        budget=recipe.sections.get("budget", {}) if recipe is not None else {},
+        results=results,
+        own_metrics=own_metrics,
+        gates=gate_rows(model),
+        files=files,
+        json=json.dumps,
+    )

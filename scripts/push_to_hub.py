@@ -1,0 +1,125 @@
+"""
+Push a trained model to the Hugging Face Hub, with its code, card and results.
+
+    python scripts/push_to_hub.py runs/stdlib-code/final someone/stdlib-code --dry-run look/
+    python scripts/push_to_hub.py runs/stdlib-code/final someone/stdlib-code --private
+    python scripts/push_to_hub.py runs/stdlib-code/final someone/stdlib-code --create-pr --message "Trained for longer"
+    python scripts/push_to_hub.py scripts/metrics/bits_per_character someone/bits_per_character
+
+CHECKPOINT is the final/ of a run or any saved model of this package. What is pushed is one commit: the weights as they
+lie there, the package's code, the tokenizer, the recipe, the results and the card (hub_card.md filled in). --dry-run
+writes it into a folder and sends nothing. Log in first (`hf auth login`, or HF_TOKEN).
+
+A folder of scripts/metrics/ goes to a Space, which is where `evaluate.load("someone/bits_per_character")` looks. Its
+name on the Hub has to be that of the folder.
+
+The last line of stdout is one JSON object with the repository, the commit and the files.
+"""
+
+import sys
+from pathlib import Path
+
+
+if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import ast
+import json
+import shutil
+import tempfile
+
+from huggingface_hub import HfApi, RepoCard, SpaceCardData
+from huggingface_hub.utils import validate_repo_id
+
+from modeling_rtransformer.hub_files import HUB_FILES, PICKLES
+from scripts.hub_folder import write_folder
+from scripts.hub_upload import PushError, upload_folder
+
+
+# What an older push, or Trainer's own, may have left there and this one does not have.
+REPLACED = (*(pattern for pattern in HUB_FILES if pattern != "README.md"), *PICKLES, ".gitignore")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="the folder of a saved model, or of a metric")
+    parser.add_argument("repo_id", help="name on the Hub, with or without the owner before it")
+    parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write what would be pushed there, and stop")
+    parser.add_argument("--private", action="store_true", help="if the repository is new, only you can see it")
+    parser.add_argument("--revision", help="the branch; main if left out")
+    parser.add_argument("--create-pr", action="store_true", help="propose the commit to a repository that is there")
+    parser.add_argument("--message", default="Upload the model with its code, card and results")
+    parser.add_argument("--license", default="apache-2.0", help="of the code and the weights, as the Hub spells it")
+    return parser.parse_args(arguments)
+
+
+def write_metric(metric: Path, folder: Path, repo_id: str, license: str) -> list[str]:
+    """Write the Space of a metric: the module, what it needs, and its card."""
+    name = metric.name
+    if repo_id.split("/")[-1] != name:
+        raise ValueError(
+            f"REPO_ID of the metric {name} must end in /{name}, where evaluate looks for it, got {repo_id}"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(metric / f"{name}.py", folder / f"{name}.py")
+    module = ast.parse((metric / f"{name}.py").read_text(encoding="utf-8"))
+    needed = {"sklearn": "scikit-learn", "evaluate": "evaluate", "datasets": "datasets"}
+    imported = {alias.name for node in module.body if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module.split(".")[0] for node in module.body if isinstance(node, ast.ImportFrom)}
+    libraries = sorted(needed[library] for library in imported if library in needed)
+    (folder / "requirements.txt").write_text("\n".join(libraries) + "\n", encoding="utf-8")
+    data = SpaceCardData(title=name, sdk="static", license=license, tags=["evaluate", "metric"])
+    text = (
+        f"---\n{data.to_yaml()}\n---\n\n# {name.replace('_', ' ')}\n\n{ast.get_docstring(module)}\n\n"
+        f"```python\nimport evaluate\n\nmetric = evaluate.load({json.dumps(repo_id)})\n```\n\n"
+        f"Needs {', '.join(libraries)}.\n"
+    )
+    RepoCard(text).save(folder / "README.md")
+    return sorted(path.name for path in folder.iterdir())
+
+
+def push(
+    checkpoint: Path,
+    repo_id: str,
+    *,
+    license: str = "apache-2.0",
+    dry_run: Path | None = None,
+    api: HfApi | None = None,
+    **options,
+) -> dict:
+    """
+    Write the folder of a model or a metric and push it; `options` as in [`scripts.hub_upload.upload_folder`].
+
+    Raises:
+        ValueError, OSError: the checkpoint cannot be pushed as it is.
+        PushError: the Hub did not take it.
+    """
+    validate_repo_id(repo_id)
+    is_metric = (checkpoint / f"{checkpoint.resolve().name}.py").is_file() and not (checkpoint / "config.json").exists()
+    write = write_metric if is_metric else write_folder
+    if dry_run is not None:
+        names = write(checkpoint.resolve(), dry_run, repo_id, license)
+        return {"repo_id": repo_id, "folder": str(dry_run), "files": names}
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "folder"
+        names = write(checkpoint.resolve(), folder, repo_id, license)
+        kind = {"repo_type": "space"} if is_metric else {"replaces": REPLACED}
+        return {**upload_folder(folder, repo_id, **kind, **options, api=api), "files": names}
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    """Push; the result."""
+    options = vars(parse_arguments(arguments))
+    try:
+        result = push(options.pop("checkpoint"), options.pop("repo_id"), **options)
+    except (PushError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    if "folder" in result:
+        for name in result["files"]:
+            print(f"{(Path(result['folder']) / name).stat().st_size:>12,}  {name}", file=sys.stderr)
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(main()))
