@@ -218,7 +218,9 @@ class RecurrenceEncoding(nn.Module):
         self.head_indices = [head for head, _, _ in rem_heads]
         self.kinds = [kind for _, kind, _ in rem_heads]
         self.dilations = [dilation for _, _, dilation in rem_heads]
-        self.covers_all_heads_in_order = self.head_indices == list(range(num_attention_heads))
+        first = self.head_indices[0]
+        in_order = self.head_indices == list(range(first, first + len(rem_heads)))
+        self.head_run = slice(first, first + len(rem_heads)) if in_order else None  # else they must be gathered
         self.eigenvalue_indices, num_regular, num_pairs = self._share_eigenvalues(rem_heads)
         self.eta = nn.Parameter(torch.empty(num_regular))
         self.nu = nn.Parameter(torch.empty(num_pairs))
@@ -313,14 +315,13 @@ class RecurrenceEncoding(nn.Module):
         Returns:
             `(B, R, T, d)`.
         """
-        if not self.covers_all_heads_in_order:
-            values = values.index_select(1, self.head_index)
+        values = values.index_select(1, self.head_index) if self.head_run is None else values[:, self.head_run]
         heads = self.heads()
         products = []
         for dilation, group in self._by_dilation():
             group_heads = RemHeads(*(field[group] for field in heads))
             group_gates = None if gates is None else gates[group]
-            group_values = values if len(self.kinds) == group.stop - group.start else values[:, group]
+            group_values = values[:, group]
             if positions is None:
                 products.append(self._whole(group_heads, group_values, dilation, segment_ids, group_gates))
             elif torch.compiler.is_exporting() or positions.shape[0] <= chunk_length(values.shape[2]):
@@ -357,9 +358,13 @@ class RecurrenceEncoding(nn.Module):
         gates = self.gates()
         product = self.product(values, positions, segment_ids, gates[self.head_index]).transpose(1, 2)  # (B, T, R, d)
         complement = (1 - gates)[:, None].to(attention_output.dtype)
-        if self.covers_all_heads_in_order:
-            return torch.addcmul(product, attention_output, complement)
-        return (attention_output * complement).index_add(2, self.head_index, product)
+        if self.head_run is None:
+            return (attention_output * complement).index_add(2, self.head_index, product)
+        first, last = self.head_run.start, self.head_run.stop
+        mixed = torch.addcmul(product, attention_output[:, :, self.head_run], complement[self.head_run])
+        if last - first == self.num_attention_heads:
+            return mixed
+        return torch.cat([attention_output[:, :, :first], mixed, attention_output[:, :, last:]], dim=2)
 
     def mixing_matrix(
         self,

@@ -1,0 +1,122 @@
+"""Two functions beside each other: time, by turns in one process, and peak memory, each in a process of its own."""
+
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import psutil
+import torch
+
+
+Function = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    One row of the table.
+
+    Args:
+        name, against: what is measured, and what it is measured against.
+        build: `(device, small)` to the two functions; `small` asks for sizes that take no time.
+        quantity: `"speed-up"`, their time by ours; `"time"`, our time by theirs; `"memory"`, our peak by theirs.
+        target: the ratio to reach, at least for a speed-up, at most for the others; None where there is none.
+        flops, bytes: what the task needs at the least, where the roofline is of interest.
+        tokens: positions a call, where tokens a second are of interest.
+        sizes: what the figures depend on, for plots.
+    """
+
+    name: str
+    against: str
+    build: Callable[[torch.device, bool], tuple[Function, Function]]
+    quantity: str = "speed-up"
+    target: float | None = None
+    flops: float | None = None
+    bytes: float | None = None
+    tokens: int | None = None
+    sizes: dict = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}, {self.quantity} against {self.against}"
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def seconds(function: Function, device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    function()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def alternate(ours: Function, theirs: Function, device: torch.device, repeats: int) -> tuple[list, list]:
+    """Seconds of `repeats` calls of each, by turns, so that a machine that changes its speed changes it for both."""
+    ours(), theirs()  # what is made at the first call does not count
+    pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(repeats)]
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+
+
+def _peak_memory(case: Case, side: int, device_name: str, small: bool) -> int:
+    device = torch.device(device_name)
+    case.build(device, True)[side]()  # what libraries set up once
+    function = case.build(device, small)[side]
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        synchronize(device)
+        return torch.cuda.max_memory_allocated() - before
+    before = psutil.Process().memory_info().rss
+    function()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit - before, 1)
+
+
+def peak_memory(case: Case, side: int, device: torch.device, small: bool) -> int:
+    """Bytes that one call takes on top of its inputs, at the most, in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_memory, (case, side, str(device), small))
+
+
+def roofline(device: torch.device, small: bool) -> dict[str, float]:
+    """What this machine reaches in float32, a second: `flops` of a large square product and `bytes` of a copy."""
+    size = 256 if small else (2048 if device.type == "cpu" else 8192)
+    left, right, result = (torch.randn(size, size, device=device) for _ in range(3))
+    source = torch.randn(2**20 if small else 2**26, device=device)
+    target = torch.empty_like(source)
+    product = min(seconds(lambda: torch.mm(left, right, out=result), device) for _ in range(5))
+    copy = min(seconds(lambda: target.copy_(source), device) for _ in range(5))
+    return {"flops": 2 * size**3 / product, "bytes": 2 * 4 * source.numel() / copy}
+
+
+def measure(case: Case, device: torch.device, repeats: int, small: bool, limits: dict[str, float]) -> dict:
+    """The case's row: figures, ratio, and whether it reaches its target."""
+    row = {"name": case.name, "against": case.against, "quantity": case.quantity, "target": case.target}
+    row |= {"sizes": case.sizes}
+    if case.quantity == "memory":
+        ours, theirs = (peak_memory(case, side, device, small) for side in (0, 1))
+        row |= {"ours_bytes": ours, "theirs_bytes": theirs, "ratio": ours / theirs}
+    else:
+        ours, theirs = alternate(*case.build(device, small), device, repeats)
+        ratios = [their / our if case.quantity == "speed-up" else our / their for our, their in zip(ours, theirs)]
+        our, their = statistics.median(ours), statistics.median(theirs)
+        row |= {"ours_seconds": our, "theirs_seconds": their, "lowest": min(ratios), "highest": max(ratios)}
+        row["ratio"] = their / our if case.quantity == "speed-up" else our / their
+        if case.flops:
+            least = max(case.flops / limits["flops"], (case.bytes or 0) / limits["bytes"])
+            row |= {"flops_per_second": case.flops / our, "share_of_roofline": least / our}
+        if case.tokens:
+            row |= {"tokens_per_second": case.tokens / our, "their_tokens_per_second": case.tokens / their}
+    if case.target is not None:
+        row["reached"] = row["ratio"] >= case.target if case.quantity == "speed-up" else row["ratio"] <= case.target
+    return row

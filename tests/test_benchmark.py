@@ -1,0 +1,68 @@
+"""The benchmark script: its rows, what it writes, and that it goes on where it was."""
+
+import json
+
+import pytest
+import torch
+
+from scripts import benchmark
+from scripts.benchmarks import attention, local_rnn, models
+from scripts.benchmarks.measuring import Case, measure
+
+
+CPU = torch.device("cpu")
+LIMITS = {"flops": 1e9, "bytes": 1e9}
+
+
+@pytest.mark.parametrize("module", [local_rnn, attention, models])
+def test_both_sides_of_every_row_run(module):
+    builds = {case.key: case.build for case in module.cases("cpu")}
+    for build in builds.values():
+        for function in build(CPU, True):
+            function()
+
+
+def test_both_sides_of_the_local_rnn_compute_the_same():
+    ours, theirs = local_rnn.build("lstm", 2, 9, 4, 3, False, CPU, False)
+    torch.testing.assert_close(ours(), theirs())
+
+
+def test_a_ratio_says_how_much_faster_or_how_much_more():
+    def build(device, small):
+        return lambda: sum(range(10)), lambda: sum(range(100_000))
+
+    faster = measure(Case("a", "b", build, "speed-up", target=2), CPU, 5, False, LIMITS)
+    slower = measure(Case("a", "b", build, "time", target=0.001), CPU, 5, False, LIMITS)
+    assert faster["ratio"] > 2 and faster["reached"]
+    assert slower["ratio"] < 0.5 and not slower["reached"]
+
+
+def test_a_run_writes_its_rows_and_resumes_with_them(tmp_path, capsys):
+    arguments = [
+        "--small",
+        "--repeats",
+        "1",
+        "--device",
+        "cpu",
+        "--only",
+        "LocalRNN rnn",
+        "--output-dir",
+        str(tmp_path),
+    ]
+    benchmark.main(arguments)
+    results = json.loads((tmp_path / "results.json").read_text())
+    quantities = [row["quantity"] for row in results["rows"]]
+    assert sorted(quantities) == ["memory", "speed-up", "speed-up", "time"]
+    assert results["machine"]["processors"] and results["roofline"]["flops"] > 0
+    assert (tmp_path / "table.md").read_text().count("LocalRNN rnn") == 4
+    with pytest.raises(SystemExit, match="--resume"):
+        benchmark.main(arguments)
+    capsys.readouterr()
+    benchmark.main([*arguments, "--resume"])
+    assert "1/4" not in capsys.readouterr().err  # nothing is measured again
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+
+
+def test_words_that_no_row_has_are_an_error_that_lists_the_rows():
+    with pytest.raises(SystemExit, match="(?s)'conformer'.*LocalRNN gru"):
+        benchmark.all_cases("cpu", "conformer")
