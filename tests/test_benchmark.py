@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from scripts import benchmark
-from scripts.benchmarks import attention, local_rnn, models
-from scripts.benchmarks.measuring import Case, measure
+from scripts.benchmarks import attention, local_rnn, measuring, models
+from scripts.benchmarks.measuring import Case
 
 
 CPU = torch.device("cpu")
-LIMITS = {"flops": 1e9, "bytes": 1e9}
 
 
 @pytest.mark.parametrize("module", [local_rnn, attention, models])
@@ -27,14 +26,16 @@ def test_both_sides_of_the_local_rnn_compute_the_same():
     torch.testing.assert_close(ours(), theirs())
 
 
-def test_a_ratio_says_how_much_faster_or_how_much_more():
-    def build(device, small):
-        return lambda: sum(range(10)), lambda: sum(range(100_000))
-
-    faster = measure(Case("a", "b", build, "speed-up", target=2), CPU, 5, False, LIMITS)
-    slower = measure(Case("a", "b", build, "time", target=0.001), CPU, 5, False, LIMITS)
-    assert faster["ratio"] > 2 and faster["reached"]
-    assert slower["ratio"] < 0.5 and not slower["reached"]
+@pytest.mark.parametrize(
+    "quantity, target, ratio, reached",
+    [("speed-up", 2, 2, True), ("speed-up", 2.1, 2, False), ("time", 0.5, 0.5, True), ("time", 0.4, 0.5, False)],
+)
+def test_a_ratio_is_of_the_medians_and_held_against_its_target(quantity, target, ratio, reached, monkeypatch):
+    monkeypatch.setattr(measuring, "alternate", lambda *arguments: ([2.0, 2.0, 9.0], [4.0, 4.0, 3.0]))
+    case = Case("a", "b", lambda device, small: (None, None), quantity, target, flops=1e9, tokens=6)
+    row = measuring.measure(case, CPU, 3, False, {"flops": 1e9, "bytes": 1e9})
+    assert (row["ratio"], row["reached"]) == (ratio, reached)
+    assert (row["share_of_roofline"], row["tokens_per_second"], row["their_tokens_per_second"]) == (0.5, 3, 1.5)
 
 
 def test_a_run_writes_its_rows_and_resumes_with_them(tmp_path, capsys):
