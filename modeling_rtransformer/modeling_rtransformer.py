@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
     create_causal_mask,
@@ -153,7 +153,8 @@ class RTransformerModel(RTransformerPreTrainedModel):
             past_key_values (`Cache`, *optional*): keys, values and LocalRNN windows of the past.
 
         Raises:
-            ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary.
+            ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary, a cache that
+                cannot hold LocalRNN windows or has lost them.
         """
         inputs_embeds = self._embed(input_ids, inputs_embeds, input_values)
         batch, length = inputs_embeds.shape[:2]
@@ -166,6 +167,8 @@ class RTransformerModel(RTransformerPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError("`past_key_values` needs a causal model, but `config.is_causal` is False")
             use_cache = False
+        if past_key_values is not None:
+            self._check_windows(past_key_values)
 
         segment_ids = None
         if past_key_values is None:
@@ -219,6 +222,26 @@ class RTransformerModel(RTransformerPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _check_windows(self, past_key_values: Cache) -> None:
+        """
+        Raise a ValueError if the cache has no place for LocalRNN windows, or has keys without the windows that belong to
+        them: the outputs would be wrong without a sign. Shapes and flags alone are looked at, never a tensor's values.
+        """
+        if "hybrid" not in self.config.layer_types:
+            return
+        made_for_us = "`DynamicCache(config=model.config)` makes one that does"
+        if not past_key_values.layers or not isinstance(past_key_values.layers[0], LinearAttentionCacheLayerMixin):
+            raise ValueError(
+                f"`past_key_values` must keep the LocalRNNs' windows too, and {made_for_us}; got a "
+                f"{type(past_key_values).__name__} that keeps keys and values alone"
+            )
+        past_length = past_key_values.get_seq_length(0)
+        if isinstance(past_length, int) and past_length > 0 and not past_key_values.has_previous_state(0):
+            raise ValueError(
+                f"`past_key_values` holds the keys and values of {past_length} positions without the LocalRNNs' windows, "
+                "as a cache does that was made again from the (key, value) pairs of another; pass that other cache itself"
+            )
 
     def _embed(
         self,

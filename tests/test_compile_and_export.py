@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from transformers import DynamicCache, GenerationConfig
 
 from modeling_rtransformer import RTransformerForCausalLM, RTransformerForSequenceClassification
 from tests.conftest import tiny_config
@@ -11,6 +12,9 @@ from tests.conftest import tiny_config
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 COMPILED = ["gru-and-rsa", "two-lstm", "rsa"]
+needs_exporters = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="the exporters came with Transformers 5.23"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +71,26 @@ def test_it_exports_with_any_length(variant):
         )
 
 
+def test_it_exports_with_any_length_within_named_limits(variant):
+    """torch cannot prove a REM's guards for every length between the limits; asked to, it checks them when it runs."""
+    model = causal_lm(variant).eval()
+    inputs = {"input_ids": torch.randint(3, 37, (2, 70)), "use_cache": False}
+    length = torch.export.Dim("length", min=2, max=512)
+    exported = torch.export.export(
+        model,
+        (),
+        inputs,
+        dynamic_shapes={"input_ids": {1: length}, "use_cache": None},
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    assert [(limits.lower, limits.upper) for limits in exported.range_constraints.values()] == [(2, 512)]
+    for other in (2, 9, 64, 65, 333, 512):
+        ids = torch.randint(3, 37, (2, other))
+        torch.testing.assert_close(
+            exported.module()(input_ids=ids, use_cache=False).logits, model(ids, use_cache=False).logits, **CLOSE
+        )
+
+
 def test_a_classifier_exports_with_its_padding(variant):
     model = RTransformerForSequenceClassification(tiny_config(variant, num_labels=3)).eval()
     ids, mask = torch.randint(3, 37, (2, 11)), torch.ones(2, 11, dtype=torch.long)
@@ -76,7 +100,7 @@ def test_a_classifier_exports_with_its_padding(variant):
     torch.testing.assert_close(exported.module()(**inputs).logits, model(**inputs).logits, **CLOSE)
 
 
-@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="the exporters are newer than this")
+@needs_exporters
 @pytest.mark.parametrize("model_class", [RTransformerForCausalLM, RTransformerForSequenceClassification])
 @pytest.mark.parametrize("variant", ["gru-and-rsa", "two-lstm"])
 def test_onnxruntime_gives_what_we_give(variant, model_class, tmp_path):
@@ -99,3 +123,52 @@ def test_onnxruntime_gives_what_we_give(variant, model_class, tmp_path):
         wanted = [output.name for output in session.get_outputs() if output.name == "logits"]
         [logits] = session.run(wanted, {item.name: feed[item.name] for item in session.get_inputs()})
         torch.testing.assert_close(torch.tensor(logits), model(ids, attention_mask=mask).logits, **CLOSE)
+
+
+def greedy_through_the_graphs(runners, cache, ids, mask, steps):
+    """The likeliest token each time: the first from the graph of the prompt, the others from the graph of a step."""
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids, "past_key_values": cache}
+    output = runners["prefill"](**inputs, use_cache=True)
+    tokens = [output.logits[:, -1:].argmax(-1)]
+    while len(tokens) < steps:
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        output = runners["decode"](
+            input_ids=tokens[-1],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1)[:, -1:],
+            past_key_values=output.past_key_values,
+            use_cache=True,
+        )
+        tokens.append(output.logits[:, -1:].argmax(-1))
+    return torch.cat(tokens, dim=1)
+
+
+@needs_exporters
+@pytest.mark.parametrize("exporter", ["dynamo", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", ["gru-and-rsa", "two-lstm"])
+def test_the_exported_graphs_of_a_prompt_and_a_step_generate_what_we_generate(variant, exporter):
+    """For prompts shorter than the window and longer, padded left, and from a graph made with another length."""
+    if exporter == "onnx":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+        from transformers.exporters import OnnxConfig as Config, OnnxExporter as Exporter
+    else:
+        from transformers.exporters import DynamoConfig as Config, DynamoExporter as Exporter
+
+    model = causal_lm(variant).eval()
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, :2] = 0
+    exported = Exporter().export_for_generation(
+        model,
+        {"input_ids": torch.randint(3, 37, (2, 7)), "attention_mask": mask},
+        Config(dynamic=True),
+        generation_config=GenerationConfig(do_sample=False, pad_token_id=0),
+        multi_token_decode=True,  # a step of one token alone would make one the only length
+    )
+    for length in (7, 3, 19):
+        ids, mask = torch.randint(3, 37, (2, length)), torch.ones(2, length, dtype=torch.long)
+        mask[0, :2] = 0
+        cache = DynamicCache(config=model.config)
+        tokens = greedy_through_the_graphs(exported.runners, cache, ids, mask, 12)
+        assert tokens.tolist() == model.generate(ids, attention_mask=mask, max_new_tokens=12)[:, length:].tolist()
