@@ -153,8 +153,8 @@ class RTransformerModel(RTransformerPreTrainedModel):
             past_key_values (`Cache`, *optional*): keys, values and LocalRNN windows of the past.
 
         Raises:
-            ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary, a cache that
-                cannot hold LocalRNN windows or has lost them.
+            ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary, a cache
+                that has no room for LocalRNN windows or has lost them.
         """
         inputs_embeds = self._embed(input_ids, inputs_embeds, input_values)
         batch, length = inputs_embeds.shape[:2]
@@ -225,22 +225,23 @@ class RTransformerModel(RTransformerPreTrainedModel):
 
     def _check_windows(self, past_key_values: Cache) -> None:
         """
-        Raise a ValueError if the cache has no place for LocalRNN windows, or has keys without the windows that belong to
-        them: the outputs would be wrong without a sign. Shapes and flags alone are looked at, never a tensor's values.
+        Raise a ValueError if the cache has no room for LocalRNN windows, or has keys without the windows that belong to
+        them, from which the outputs would be wrong without a sign. No tensor's values are looked at: a static cache,
+        which counts its positions in a tensor, is taken as it is.
         """
         if "hybrid" not in self.config.layer_types:
             return
-        made_for_us = "`DynamicCache(config=model.config)` makes one that does"
         if not past_key_values.layers or not isinstance(past_key_values.layers[0], LinearAttentionCacheLayerMixin):
             raise ValueError(
-                f"`past_key_values` must keep the LocalRNNs' windows too, and {made_for_us}; got a "
-                f"{type(past_key_values).__name__} that keeps keys and values alone"
+                "`past_key_values` must have room for the LocalRNNs' windows, as `DynamicCache(config=model.config)` "
+                f"has, got a {type(past_key_values).__name__} of keys and values alone"
             )
         past_length = past_key_values.get_seq_length(0)
         if isinstance(past_length, int) and past_length > 0 and not past_key_values.has_previous_state(0):
             raise ValueError(
-                f"`past_key_values` holds the keys and values of {past_length} positions without the LocalRNNs' windows, "
-                "as a cache does that was made again from the (key, value) pairs of another; pass that other cache itself"
+                f"`past_key_values` must hold the LocalRNNs' windows with the keys and values of its {past_length} "
+                "positions, got none, as in a cache made again from the (key, value) pairs of another; pass that other "
+                "cache itself"
             )
 
     def _embed(

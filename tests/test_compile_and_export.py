@@ -129,7 +129,7 @@ def greedy_through_the_graphs(runners, cache, ids, mask, steps):
     """The likeliest token each time: the first from the graph of the prompt, the others from the graph of a step."""
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids, "past_key_values": cache}
-    output = runners["prefill"](**inputs, use_cache=True)
+    output = runners["prefill"](**inputs)
     tokens = [output.logits[:, -1:].argmax(-1)]
     while len(tokens) < steps:
         mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -138,31 +138,34 @@ def greedy_through_the_graphs(runners, cache, ids, mask, steps):
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1)[:, -1:],
             past_key_values=output.past_key_values,
-            use_cache=True,
         )
         tokens.append(output.logits[:, -1:].argmax(-1))
     return torch.cat(tokens, dim=1)
 
 
 @needs_exporters
-@pytest.mark.parametrize("exporter", ["dynamo", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["dynamo", pytest.param("onnx", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", ["gru-and-rsa", "two-lstm"])
-def test_the_exported_graphs_of_a_prompt_and_a_step_generate_what_we_generate(variant, exporter):
+def test_the_exported_graphs_of_a_prompt_and_a_step_generate_what_we_generate(variant, backend):
     """For prompts shorter than the window and longer, padded left, and from a graph made with another length."""
-    if exporter == "onnx":
+    if backend == "onnx":
         pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
         pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-        from transformers.exporters import OnnxConfig as Config, OnnxExporter as Exporter
+        from transformers.exporters import OnnxConfig, OnnxExporter
+
+        exporter, config = OnnxExporter(), OnnxConfig(dynamic=True)
     else:
-        from transformers.exporters import DynamoConfig as Config, DynamoExporter as Exporter
+        from transformers.exporters import DynamoConfig, DynamoExporter
+
+        exporter, config = DynamoExporter(), DynamoConfig(dynamic=True)
 
     model = causal_lm(variant).eval()
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[0, :2] = 0
-    exported = Exporter().export_for_generation(
+    exported = exporter.export_for_generation(
         model,
         {"input_ids": torch.randint(3, 37, (2, 7)), "attention_mask": mask},
-        Config(dynamic=True),
+        config,
         generation_config=GenerationConfig(do_sample=False, pad_token_id=0),
         multi_token_decode=True,  # a step of one token alone would make one the only length
     )

@@ -124,10 +124,10 @@ def test_a_cache_made_again_from_keys_and_values_is_refused_where_there_are_wind
     model(ids[:, :7], past_key_values=cache)
     rebuilt = DynamicCache(list(cache), config=model.config if kept == "with-config" else None)
     if "hybrid" in model.config.layer_types:
-        reason = "keys and values of 7 positions without" if kept == "with-config" else "keeps keys and values alone"
-        with pytest.raises(ValueError, match=f"`past_key_values`.*{reason}"):
+        reason = "of its 7 positions, got none.*pass that other cache" if kept == "with-config" else "values alone"
+        with pytest.raises(ValueError, match=f"`past_key_values` must.* windows.*{reason}"):
             model(ids[:, 7:], past_key_values=rebuilt)
-        rebuilt = cache
+        rebuilt = cache  # which the error leaves as it was
     torch.testing.assert_close(model(ids[:, 7:], past_key_values=rebuilt).logits, model(ids).logits[:, 7:], **CLOSE)
 
 
@@ -149,6 +149,22 @@ def test_an_emptied_cache_is_as_good_as_new(variant, implementation):
     cache.reset()
     parts = [model(part, past_key_values=cache).logits for part in ids.split([2, 1, 8], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["batch_repeat_interleave", "batch_select_indices"])
+def test_the_rows_of_a_cache_are_repeated_and_chosen_where_there_are_no_windows(variant, method):
+    """Transformers leaves the windows as they were, so that their rows do not fit and the next step is an error."""
+    model, ids = causal_lm(variant), prompt(3, 11)
+    rows = torch.arange(3).repeat_interleave(2) if method == "batch_repeat_interleave" else torch.tensor([2, 0])
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :7], past_key_values=cache)
+    getattr(cache, method)(2 if method == "batch_repeat_interleave" else rows)
+    if "hybrid" in model.config.layer_types:
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match except in dimension 2"):
+            model(ids[rows, 7:], past_key_values=cache)
+    else:
+        continued = model(ids[rows, 7:], past_key_values=cache).logits
+        torch.testing.assert_close(continued, model(ids[rows]).logits[:, 7:], **CLOSE)
 
 
 def test_a_quantized_cache_is_refused_where_there_are_windows():
