@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from modeling_rtransformer import RTransformerForCausalLM, RTransformerForSequenceClassification
 from tests.conftest import tiny_config
@@ -58,6 +58,17 @@ def test_it_has_no_graph_breaks(variant, strict):
     model = causal_lm(variant, is_causal=not strict).eval()
     explanation = torch._dynamo.explain(model)(torch.randint(3, 37, (2, 11)), use_cache=False)
     assert explanation.graph_break_count == 0, explanation.break_reasons
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache], ids=["dynamic", "static"])
+@pytest.mark.parametrize("variant", COMPILED)
+def test_going_on_with_a_cache_has_no_graph_breaks(variant, cache_class):
+    model, ids = causal_lm(variant).eval(), torch.randint(3, 37, (2, 11))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # a graph break would be an error
+    cache = cache_class(config=model.config, **({"max_cache_len": 20} if cache_class is StaticCache else {}))
+    with torch.no_grad():
+        parts = [compiled(part, past_key_values=cache).logits for part in ids.split([3, 1, 1, 6], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, **CLOSE)
 
 
 def test_it_exports_with_any_length(variant):
