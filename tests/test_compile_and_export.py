@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import DynamicCache, GenerationConfig, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 from modeling_rtransformer import RTransformerForCausalLM, RTransformerForSequenceClassification
 from tests.conftest import tiny_config
@@ -47,10 +47,12 @@ def test_compiled_decoding_with_a_static_cache_equals_eager(variant):
     model = causal_lm(variant).eval()
     ids = torch.randint(3, 37, (2, 6))
     options = {"do_sample": False, "max_new_tokens": 8}
-    assert (
-        model.generate(ids, cache_implementation="static", **options).tolist()
-        == model.generate(ids, **options).tolist()
-    )
+    expected = model.generate(ids, **options).tolist()
+    compile_config = CompileConfig(fullgraph=True)
+    compile_config._compile_all_devices = True  # `generate` compiles for an accelerator alone unless told
+    options = {**options, "cache_implementation": "static", "compile_config": compile_config}
+    assert model.generate(ids, **options).tolist() == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.parametrize("strict", [False, True])
