@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import (
     create_causal_mask,
@@ -153,7 +153,8 @@ class RTransformerModel(RTransformerPreTrainedModel):
             past_key_values (`Cache`, *optional*): keys, values and LocalRNN windows of the past.
 
         Raises:
-            ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary.
+            ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary, a cache
+                that has no room for LocalRNN windows or has lost them.
         """
         inputs_embeds = self._embed(input_ids, inputs_embeds, input_values)
         batch, length = inputs_embeds.shape[:2]
@@ -166,6 +167,8 @@ class RTransformerModel(RTransformerPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError("`past_key_values` needs a causal model, but `config.is_causal` is False")
             use_cache = False
+        if past_key_values is not None:
+            self._check_windows(past_key_values)
 
         segment_ids = None
         if past_key_values is None:
@@ -219,6 +222,27 @@ class RTransformerModel(RTransformerPreTrainedModel):
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+    def _check_windows(self, past_key_values: Cache) -> None:
+        """
+        Raise a ValueError if the cache has no room for LocalRNN windows, or has keys without the windows that belong to
+        them, from which the outputs would be wrong without a sign. No tensor's values are looked at: a static cache,
+        which counts its positions in a tensor, is taken as it is.
+        """
+        if "hybrid" not in self.config.layer_types:
+            return
+        if not past_key_values.layers or not isinstance(past_key_values.layers[0], LinearAttentionCacheLayerMixin):
+            raise ValueError(
+                "`past_key_values` must have room for the LocalRNNs' windows, as `DynamicCache(config=model.config)` "
+                f"has, got a {type(past_key_values).__name__} of keys and values alone"
+            )
+        past_length = past_key_values.get_seq_length(0)
+        if isinstance(past_length, int) and past_length > 0 and not past_key_values.has_previous_state(0):
+            raise ValueError(
+                f"`past_key_values` must hold the LocalRNNs' windows with the keys and values of its {past_length} "
+                "positions, got none, as in a cache made again from the (key, value) pairs of another; pass that other "
+                "cache itself"
+            )
 
     def _embed(
         self,

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 from modeling_rtransformer import RTransformerForCausalLM, RTransformerForSequenceClassification
 from tests.conftest import tiny_config
@@ -11,6 +12,9 @@ from tests.conftest import tiny_config
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 COMPILED = ["gru-and-rsa", "two-lstm", "rsa"]
+needs_exporters = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.23"), reason="the exporters came with Transformers 5.23"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,10 +47,12 @@ def test_compiled_decoding_with_a_static_cache_equals_eager(variant):
     model = causal_lm(variant).eval()
     ids = torch.randint(3, 37, (2, 6))
     options = {"do_sample": False, "max_new_tokens": 8}
-    assert (
-        model.generate(ids, cache_implementation="static", **options).tolist()
-        == model.generate(ids, **options).tolist()
-    )
+    expected = model.generate(ids, **options).tolist()
+    compile_config = CompileConfig(fullgraph=True)
+    compile_config._compile_all_devices = True  # `generate` compiles for an accelerator alone unless told
+    options = {**options, "cache_implementation": "static", "compile_config": compile_config}
+    assert model.generate(ids, **options).tolist() == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -54,6 +60,17 @@ def test_it_has_no_graph_breaks(variant, strict):
     model = causal_lm(variant, is_causal=not strict).eval()
     explanation = torch._dynamo.explain(model)(torch.randint(3, 37, (2, 11)), use_cache=False)
     assert explanation.graph_break_count == 0, explanation.break_reasons
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache], ids=["dynamic", "static"])
+@pytest.mark.parametrize("variant", COMPILED)
+def test_going_on_with_a_cache_has_no_graph_breaks(variant, cache_class):
+    model, ids = causal_lm(variant).eval(), torch.randint(3, 37, (2, 11))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")  # a graph break would be an error
+    cache = cache_class(config=model.config, **({"max_cache_len": 20} if cache_class is StaticCache else {}))
+    with torch.no_grad():
+        parts = [compiled(part, past_key_values=cache).logits for part in ids.split([3, 1, 1, 6], dim=1)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, **CLOSE)
 
 
 def test_it_exports_with_any_length(variant):
@@ -67,6 +84,26 @@ def test_it_exports_with_any_length(variant):
         )
 
 
+def test_it_exports_with_any_length_within_named_limits(variant):
+    """torch cannot prove a REM's guards for every length between the limits; asked to, it checks them when it runs."""
+    model = causal_lm(variant).eval()
+    inputs = {"input_ids": torch.randint(3, 37, (2, 70)), "use_cache": False}
+    length = torch.export.Dim("length", min=2, max=512)
+    exported = torch.export.export(
+        model,
+        (),
+        inputs,
+        dynamic_shapes={"input_ids": {1: length}, "use_cache": None},
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    assert [(limits.lower, limits.upper) for limits in exported.range_constraints.values()] == [(2, 512)]
+    for other in (2, 9, 64, 65, 333, 512):
+        ids = torch.randint(3, 37, (2, other))
+        torch.testing.assert_close(
+            exported.module()(input_ids=ids, use_cache=False).logits, model(ids, use_cache=False).logits, **CLOSE
+        )
+
+
 def test_a_classifier_exports_with_its_padding(variant):
     model = RTransformerForSequenceClassification(tiny_config(variant, num_labels=3)).eval()
     ids, mask = torch.randint(3, 37, (2, 11)), torch.ones(2, 11, dtype=torch.long)
@@ -76,7 +113,7 @@ def test_a_classifier_exports_with_its_padding(variant):
     torch.testing.assert_close(exported.module()(**inputs).logits, model(**inputs).logits, **CLOSE)
 
 
-@pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="the exporters are newer than this")
+@needs_exporters
 @pytest.mark.parametrize("model_class", [RTransformerForCausalLM, RTransformerForSequenceClassification])
 @pytest.mark.parametrize("variant", ["gru-and-rsa", "two-lstm"])
 def test_onnxruntime_gives_what_we_give(variant, model_class, tmp_path):
@@ -99,3 +136,55 @@ def test_onnxruntime_gives_what_we_give(variant, model_class, tmp_path):
         wanted = [output.name for output in session.get_outputs() if output.name == "logits"]
         [logits] = session.run(wanted, {item.name: feed[item.name] for item in session.get_inputs()})
         torch.testing.assert_close(torch.tensor(logits), model(ids, attention_mask=mask).logits, **CLOSE)
+
+
+def greedy_through_the_graphs(runners, cache, ids, mask, steps):
+    """The likeliest token each time: the first from the graph of the prompt, the others from the graph of a step."""
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids, "past_key_values": cache}
+    output = runners["prefill"](**inputs)
+    tokens = [output.logits[:, -1:].argmax(-1)]
+    while len(tokens) < steps:
+        mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+        output = runners["decode"](
+            input_ids=tokens[-1],
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1)[:, -1:],
+            past_key_values=output.past_key_values,
+        )
+        tokens.append(output.logits[:, -1:].argmax(-1))
+    return torch.cat(tokens, dim=1)
+
+
+@needs_exporters
+@pytest.mark.parametrize("backend", ["dynamo", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("variant", ["gru-and-rsa", "two-lstm"])
+def test_the_exported_graphs_of_a_prompt_and_a_step_generate_what_we_generate(variant, backend):
+    """For prompts shorter than the window and longer, padded left, and from a graph made with another length."""
+    if backend == "onnx":
+        pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+        pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+        from transformers.exporters import OnnxConfig, OnnxExporter
+
+        exporter, config = OnnxExporter(), OnnxConfig(dynamic=True)
+    else:
+        from transformers.exporters import DynamoConfig, DynamoExporter
+
+        exporter, config = DynamoExporter(), DynamoConfig(dynamic=True)
+
+    model = causal_lm(variant).eval()
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, :2] = 0
+    exported = exporter.export_for_generation(
+        model,
+        {"input_ids": torch.randint(3, 37, (2, 7)), "attention_mask": mask},
+        config,
+        generation_config=GenerationConfig(do_sample=False, pad_token_id=0),
+        multi_token_decode=True,  # a step of one token alone would make one the only length
+    )
+    for length in (7, 3, 19):
+        ids, mask = torch.randint(3, 37, (2, length)), torch.ones(2, length, dtype=torch.long)
+        mask[0, :2] = 0
+        cache = DynamicCache(config=model.config)
+        tokens = greedy_through_the_graphs(exported.runners, cache, ids, mask, 12)
+        assert tokens.tolist() == model.generate(ids, attention_mask=mask, max_new_tokens=12)[:, length:].tolist()

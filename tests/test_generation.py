@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, TextIteratorStreamer
+import transformers
+from packaging.version import Version
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
 from modeling_rtransformer import RTransformerForCausalLM
 from tests.conftest import tiny_config
@@ -42,6 +44,17 @@ def test_an_assistant_changes_nothing_but_the_speed(variant):
 def test_an_assistant_that_is_always_right_changes_nothing(variant):
     model, ids = causal_lm(variant), prompt(1, 6)
     assert model.generate(ids, assistant_model=model, **GREEDY).tolist() == model.generate(ids, **GREEDY).tolist()
+
+
+def test_the_first_block_alone_can_draft_for_the_whole_model(variant):
+    model, ids = causal_lm(variant), prompt(1, 6)
+    expected = model.generate(ids, **GREEDY).tolist()
+    runs = [0, 0]
+    for index, block in enumerate(model.model.layers):
+        block.register_forward_hook(lambda *_, index=index: runs.__setitem__(index, runs[index] + 1))
+    assert model.generate(ids, assistant_early_exit=1, **GREEDY).tolist() == expected
+    assert runs[0] > runs[1]  # the drafts
+    assert model.config.num_hidden_layers == 2
 
 
 def test_beam_search_reorders_windows_keys_and_values(variant):
@@ -101,6 +114,57 @@ def test_a_cropped_cache_goes_on_as_if_the_rest_had_not_been(variant, removed):
     cropped = torch.cat([ids[:, : 17 - removed], prompt(2, 5)], dim=1)
     continued = model(cropped[:, 17 - removed :], past_key_values=cache).logits
     torch.testing.assert_close(continued, model(cropped).logits[:, 17 - removed :], **CLOSE)
+
+
+@pytest.mark.parametrize("kept", ["with-config", "without-config"])
+def test_a_cache_made_again_from_keys_and_values_is_refused_where_there_are_windows(variant, kept):
+    """Iterating over a cache gives its keys and values alone, so that a model without windows may go on with them."""
+    model, ids = causal_lm(variant), prompt(2, 11)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :7], past_key_values=cache)
+    rebuilt = DynamicCache(list(cache), config=model.config if kept == "with-config" else None)
+    if "hybrid" in model.config.layer_types:
+        reason = "of its 7 positions, got none.*pass that other cache" if kept == "with-config" else "values alone"
+        with pytest.raises(ValueError, match=f"`past_key_values` must.* windows.*{reason}"):
+            model(ids[:, 7:], past_key_values=rebuilt)
+        rebuilt = cache  # which the error leaves as it was
+    torch.testing.assert_close(model(ids[:, 7:], past_key_values=rebuilt).logits, model(ids).logits[:, 7:], **CLOSE)
+
+
+def test_an_empty_cache_must_have_been_made_for_the_windows():
+    with pytest.raises(ValueError, match=r"`past_key_values`.*DynamicCache\(config=model.config\)"):
+        causal_lm("gru")(prompt(2, 7), past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_an_emptied_cache_is_as_good_as_new(variant, implementation):
+    model, ids = causal_lm(variant), prompt(2, 11)
+    if implementation == "static":
+        cache = StaticCache(config=model.config, max_cache_len=20)
+    elif Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("an older DynamicCache.reset leaves the length as it was")
+    else:
+        cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    cache.reset()
+    parts = [model(part, past_key_values=cache).logits for part in ids.split([2, 1, 8], dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, **CLOSE)
+
+
+@pytest.mark.parametrize("method", ["batch_repeat_interleave", "batch_select_indices"])
+def test_the_rows_of_a_cache_are_repeated_and_chosen_where_there_are_no_windows(variant, method):
+    """Transformers leaves the windows as they were, so that their rows do not fit and the next step is an error."""
+    model, ids = causal_lm(variant), prompt(3, 11)
+    rows = torch.arange(3).repeat_interleave(2) if method == "batch_repeat_interleave" else torch.tensor([2, 0])
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :7], past_key_values=cache)
+    getattr(cache, method)(2 if method == "batch_repeat_interleave" else rows)
+    if "hybrid" in model.config.layer_types:
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match except in dimension 2"):
+            model(ids[rows, 7:], past_key_values=cache)
+    else:
+        continued = model(ids[rows, 7:], past_key_values=cache).logits
+        torch.testing.assert_close(continued, model(ids[rows]).logits[:, 7:], **CLOSE)
 
 
 def test_a_quantized_cache_is_refused_where_there_are_windows():

@@ -123,6 +123,26 @@ def test_a_batch_of_packed_rows_has_boundaries_of_its_own(variant):
         torch.testing.assert_close(logits[row, cut:], model(ids[row : row + 1, cut:]).logits[0], **CLOSE)
 
 
+def test_branches_in_a_4d_mask_need_heads_and_inputs_without_an_order(variant):
+    """
+    A mask says which tokens a token sees, not in which order: two ends of one beginning, side by side, are one row to a
+    LocalRNN window and to a REM, whatever the mask and the positions say.
+    """
+    model = causal_lm(variant)
+    beginning, ends = random_ids(1, 4), random_ids(2, 1)
+    row = torch.cat([beginning, ends.T], dim=1)  # (1, 6)
+    sees = torch.ones(6, 6).tril()
+    sees[5, 4] = 0
+    mask = torch.zeros(1, 1, 6, 6).masked_fill(sees == 0, torch.finfo(torch.float32).min)
+    logits = model(row, attention_mask=mask, position_ids=torch.tensor([[0, 1, 2, 3, 4, 4]])).logits[0, 4:]
+    alone = model(torch.cat([beginning.expand(2, -1), ends], dim=1)).logits[:, 4]
+    torch.testing.assert_close(logits[0], alone[0], **CLOSE)
+    if variant in ("plain-sinusoidal", "rnn-window-1"):
+        torch.testing.assert_close(logits[1], alone[1], **CLOSE)
+    else:
+        assert (logits[1] - alone[1]).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_cached_decoding_equals_the_full_forward_at_every_step(variant, attention):
     model = causal_lm(variant)
