@@ -14,23 +14,21 @@ The readable twin is `local_rnn_plain` in local_rnn.py.
 import torch
 from torch.autograd.function import once_differentiable
 
-from .local_rnn_triton_cells import triton
 from .local_rnn_triton_large import backward_large, forward_large
-from .local_rnn_triton_small import backward_small, forward_small
+from .local_rnn_triton_small import INTERPRETED, backward_small, forward_small
 
 
 # The largest D for which W_h, its gradient and the gates of a block of rows fit into the registers and shared memory of
 # a multiprocessor, in any of the types.
 SMALL_SIZE = 64
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED = not isinstance(triton.jit(lambda: None), triton.runtime.JITFunction)
 
 
 def check_inputs(projected: torch.Tensor) -> None:
     """An error for what the kernels do not take."""
     if projected.dtype not in DTYPES:
         raise ValueError(f"the LocalRNN 'triton' takes float32, bfloat16 and float16, not {projected.dtype}")
-    if not (projected.is_cuda or INTERPRETED):
+    if not (projected.is_cuda or INTERPRETED.value):
         raise ValueError(
             f"the LocalRNN 'triton' takes tensors on a CUDA device, not on {projected.device}; take 'auto' or 'plain', "
             "or set TRITON_INTERPRET=1 before Triton is imported to run its kernels on a CPU, slowly"
@@ -64,8 +62,9 @@ class TritonLocalRnn(torch.autograd.Function):
             grad_projected, grad_weight, grad_new_bias, grad_zero_input = run(
                 grad_outputs.contiguous(), *tensors, ctx.window, *kept
             )
-        # Every step adds the same to the gradient of b_h as to those of its inputs, but for a GRU's new gate.
-        grad_bias = grad_projected.sum(dim=(0, 1))
+        # Every step adds the same to the gradient of b_h as to those of its inputs, but for a GRU's new gate. In
+        # float64, since the sum is often far smaller than what is summed.
+        grad_bias = grad_projected.sum(dim=(0, 1), dtype=torch.float64)
         if grad_zero_input is not None:
             grad_bias += grad_zero_input
             grad_zero_input = grad_zero_input.to(zero_input.dtype).view_as(zero_input)

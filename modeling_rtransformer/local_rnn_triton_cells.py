@@ -9,7 +9,7 @@ Importing this needs Triton; local_rnn.py imports it, by way of local_rnn_triton
 # R rows of a tile, C columns of it (some of the D hidden units), D hidden size, K window,
 # G gates, whose number is the type: 3 GRU (reset, update, new), 4 LSTM (input, forget, cell, output), 1 tanh RNN
 
-# The one import of Triton. In a `try`, because the loader of code from the Hub takes any other import for a requirement.
+# The one import of Triton. In a `try`, because the Hub's loader of code takes any other import for a requirement.
 try:
     import triton
     import triton.language as tl
@@ -103,6 +103,11 @@ def of_same_segment(segment_ids, row, position, valid, step, window):
 
 
 @triton.jit
-def add_to(pointers, values, mask):
-    """Adds to memory that nothing else writes meanwhile, so that the sum has one order."""
-    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + values, mask=mask)
+def add_rows_to(sums, values, column, size):
+    """
+    Adds the sum over the rows of `(R, C)` to float64 sums `(C)`, to which nothing else writes meanwhile. Such sums are
+    often far smaller than what is summed.
+    """
+    mask = column < size
+    total = tl.sum(values, axis=0).to(tl.float64)
+    tl.store(sums + column, tl.load(sums + column, mask=mask, other=0.0) + total, mask=mask)

@@ -16,7 +16,7 @@ has one order: results are the same from run to run.
 import torch
 
 from .local_rnn_triton_cells import (
-    add_to,
+    add_rows_to,
     gate_offsets,
     gru_backward,
     gru_gates,
@@ -186,8 +186,8 @@ def backward_kernel(
     carry,  # (R, D) float32, what reaches it past the product (GRU), or the gradient of the cell (LSTM); replaced
     grad_recurrent,  # (R, G D), written: the gradient of W_h h + b_h
     grad_projected,  # (B, K - 1 + L, G D) float32, added to
-    bias_sums,  # (programs, D) float32, added to: the new gate's of a GRU, the other gates' are the inputs'
-    zero_sums,  # (programs, G D) float32, added to
+    bias_sums,  # (programs, D) float64, added to: the new gate's of a GRU, the other gates' are the inputs'
+    zero_sums,  # (programs, G D) float64, added to
     first_row,
     rows,
     length,
@@ -229,8 +229,7 @@ def backward_kernel(
             carried = grad_h * gate_1
             grad_new_h = tl.where(mask, grad_2 * gate_0, 0.0)
             store_gate(grad_recurrent, grad_new_h, local, column, mask, size, 2, GATES)
-            sums = bias_sums + tl.program_id(0).to(tl.int64) * size + column
-            add_to(sums, tl.sum(grad_new_h, axis=0), column < size)
+            add_rows_to(bias_sums + tl.program_id(0).to(tl.int64) * size, grad_new_h, column, size)
         else:
             gate_3 = load_gate(kept, local, column, mask, size, 3, GATES)
             grad_0, grad_1, grad_2, grad_3, carried = lstm_backward(
@@ -238,9 +237,7 @@ def backward_kernel(
             )
             store_gate(grad_recurrent, grad_2, local, column, mask, size, 2, GATES)
             store_gate(grad_recurrent, grad_3, local, column, mask, size, 3, GATES)
-            add_gradient(
-                grad_projected, zero_sums, grad_3, source, valid, same, column, mask, size, 3, GATES, PACKED
-            )
+            add_gradient(grad_projected, zero_sums, grad_3, source, valid, same, column, mask, size, 3, GATES, PACKED)
         tl.store(carry + state, carried, mask=mask)
         store_gate(grad_recurrent, grad_1, local, column, mask, size, 1, GATES)
         add_gradient(grad_projected, zero_sums, grad_1, source, valid, same, column, mask, size, 1, GATES, PACKED)
@@ -266,11 +263,12 @@ def add_gradient(
 ):
     """Adds the gradient `(ROWS, COLUMNS)` of one gate of the inputs to their rows, or to the zero input's."""
     if PACKED:
-        sums = zero_sums + tl.program_id(0).to(tl.int64) * (GATES * size) + GATE * size + column
+        sums = zero_sums + tl.program_id(0).to(tl.int64) * (GATES * size) + GATE * size
         others = mask & (valid & (same == 0))[:, None]
-        add_to(sums, tl.sum(tl.where(others, gradient, 0.0), axis=0), column < size)
+        add_rows_to(sums, tl.where(others, gradient, 0.0), column, size)
         mask = mask & same[:, None]
-    add_to(grad_projected + gate_offsets(source, column, size, GATE, GATES), gradient, mask)
+    pointers = grad_projected + gate_offsets(source, column, size, GATE, GATES)
+    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + gradient, mask=mask)
 
 
 def tile_of(size: int) -> dict[str, int]:
@@ -347,8 +345,8 @@ def backward_large(
     kept: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """
-    Gradients in float32 of `projected`, of `weight`, of the new gate's bias where that is not the sum of the inputs'
-    (GRU), and of `zero_input` where there are segments.
+    Gradients of `projected`, of `weight`, of the new gate's bias where that is not the sum of the inputs' (GRU), and of
+    `zero_input` where there are segments; the first two in float32, the others in float64.
     """
     batch, length, size = grad_outputs.shape
     rows, width = batch * length, projected.shape[2]
@@ -359,8 +357,8 @@ def backward_large(
     float32 = {"dtype": torch.float32, "device": projected.device}
     grad_projected = torch.zeros(projected.shape, **float32)
     grad_weight = torch.zeros(weight.shape, **float32)
-    bias_sums = torch.zeros(programs, size if gates == 3 else 0, **float32)
-    zero_sums = torch.zeros(programs, width if packed else 0, **float32)
+    bias_sums = grad_weight.new_zeros((programs, size if gates == 3 else 0), dtype=torch.float64)
+    zero_sums = grad_weight.new_zeros((programs, width if packed else 0), dtype=torch.float64)
     num_states = {1: 0, 3: 1, 4: 2}[gates]
     all_states = projected.new_empty(num_states * (window - 1) * count * size)
     all_grad_recurrent = projected.new_empty(count, width)

@@ -17,7 +17,7 @@ same from run to run.
 import torch
 
 from .local_rnn_triton_cells import (
-    add_to,
+    add_rows_to,
     gate_offsets,
     gru_backward,
     gru_gates,
@@ -31,8 +31,11 @@ from .local_rnn_triton_cells import (
 )
 
 
-FORWARD_ROWS = 64
-BACKWARD_ROWS = 32
+# Elements of a block of rows, so that the dozen tiles of a step stay in registers (as ptxas reports for an H200).
+TILE_ELEMENTS = 1024
+# Rows of a block in the forward pass where its products run on tensor cores, which read W_h from shared memory then.
+TENSOR_CORE_ROWS = 64
+INTERPRETED = tl.constexpr(not isinstance(tanh, triton.runtime.JITFunction))  # what Triton has made of a function
 # Programs of the backward kernel for each multiprocessor of the GPU; each has a W_h of gradients to add up at the end.
 PROGRAMS_PER_PROCESSOR = 2
 
@@ -48,7 +51,11 @@ def load_weight(weight, size, GATE: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def product(values, weight, PRECISION: tl.constexpr):
     """`values @ weight` in float32, with the values rounded to the weight's type."""
-    return tl.dot(values.to(weight.dtype), weight, input_precision=PRECISION)
+    values = values.to(weight.dtype)
+    if INTERPRETED:  # there `tl.dot` multiplies the bits of bfloat16, read as whole numbers
+        values = values.to(tl.float32)
+        weight = weight.to(tl.float32)
+    return tl.dot(values, weight, input_precision=PRECISION)
 
 
 @triton.jit
@@ -145,8 +152,8 @@ def store_weight(weights, values, size, GATE: tl.constexpr, GATES: tl.constexpr,
 @triton.jit
 def add_zero_gradient(zero_sums, gradient, same, column, size, GATE: tl.constexpr, GATES: tl.constexpr):
     """Adds one gate's gradient of the zero inputs, which stand where not `same`."""
-    sums = zero_sums + tl.program_id(0).to(tl.int64) * (GATES * size) + GATE * size + column
-    add_to(sums, tl.sum(tl.where(same[:, None], 0.0, gradient), axis=0), column < size)
+    sums = zero_sums + tl.program_id(0).to(tl.int64) * (GATES * size) + GATE * size
+    add_rows_to(sums, tl.where(same[:, None], 0.0, gradient), column, size)
 
 
 @triton.jit
@@ -161,8 +168,8 @@ def backward_kernel(
     grad_outputs,  # (R, D)
     grad_inputs,  # (blocks, ROWS + K - 1, G D) float32, written
     grad_weight,  # (programs, G D, D) float32, written
-    bias_sums,  # (programs, W) float32, written: the new gate's of a GRU, the other gates' are the inputs'
-    zero_sums,  # (programs, G D) float32, added to
+    bias_sums,  # (programs, D) float64, added to: the new gate's of a GRU, the other gates' are the inputs'
+    zero_sums,  # (programs, G D) float64, added to
     rows,
     batch,
     length,
@@ -190,7 +197,6 @@ def backward_kernel(
         weight_3 = load_weight(weight, size, 3, WIDTH)
         bias_3 = load_bias(bias, column, size, 3)
         grad_weight_3 = tl.zeros((WIDTH, WIDTH), tl.float32)
-    bias_sum = tl.zeros((WIDTH,), tl.float32)
     local = tl.arange(0, ROWS)
     positions = length + window - 1
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
@@ -227,11 +233,9 @@ def backward_kernel(
                 h_2 = product(hidden, weight_2, PRECISION) + bias_2
                 if GATES == 3:
                     reset, update, new = gru_gates(x_0, x_1, x_2, h_0, h_1, h_2)
-                    grad_0, grad_1, grad_2 = gru_backward(
-                        grad_hidden, reset, update, new, h_2, hidden.to(tl.float32)
-                    )
+                    grad_0, grad_1, grad_2 = gru_backward(grad_hidden, reset, update, new, h_2, hidden.to(tl.float32))
                     grad_h_2 = grad_2 * reset
-                    bias_sum += tl.sum(grad_h_2, axis=0)
+                    add_rows_to(bias_sums + tl.program_id(0) * size, grad_h_2, column, size)
                     grad_hidden = grad_hidden * update
                 else:
                     x_3 = load_input(projected, zero_input, source + step, same, column, mask, size, 3, GATES, PACKED)
@@ -282,17 +286,20 @@ def backward_kernel(
         store_weight(grad_weight, grad_weight_2, size, 2, GATES, WIDTH)
     if GATES > 3:
         store_weight(grad_weight, grad_weight_3, size, 3, GATES, WIDTH)
-    if GATES == 3:
-        tl.store(bias_sums + tl.program_id(0) * WIDTH + column, bias_sum)
 
 
-def options_of(size: int) -> dict:
-    """Options of both kernels: the width of a tile, which is 16 at least for `tl.dot`, and how they are compiled."""
-    width = max(triton.next_power_of_2(size), 16)
+def options_of(weight: torch.Tensor) -> dict:
+    """Options of both kernels: rows and width of a tile, 16 at least for `tl.dot`, and how they are compiled."""
+    width = max(triton.next_power_of_2(weight.shape[1]), 16)
     # Torch's choice for float32 products. Its older flag cannot be read where the newer one was set.
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-    # One stage: the state of a step is needed by the next one, and no load of a loop may pass the stores before it.
-    return {"WIDTH": width, "PRECISION": precision, "num_warps": 8 if width > 32 else 4, "num_stages": 1}
+    return {
+        "ROWS": max(TILE_ELEMENTS // width, 16),
+        "WIDTH": width,
+        "PRECISION": precision,
+        "num_warps": 8 if width > 16 else 4,
+        "num_stages": 1,  # a step needs the state of the last, and no load may pass the stores before it
+    }
 
 
 def num_programs(device: torch.device) -> int:
@@ -311,13 +318,16 @@ def forward_small(
     window: int,
     keep: bool,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """`local_rnn` and what `backward_small` needs of it: hidden states and cells `(K - 1, R, D)`, empty without `keep`."""
+    """`local_rnn` and what `backward_small` needs: hidden states and cells `(K - 1, R, D)`, empty without `keep`."""
     batch, length, size = projected.shape[0], projected.shape[1] - window + 1, weight.shape[1]
     rows, gates = batch * length, len(weight) // size
     outputs = projected.new_empty(batch, length, size)
     hiddens = projected.new_empty(window - 1 if keep else 0, rows, size)
     cells = projected.new_empty(window - 1 if keep and gates == 4 else 0, rows, size)
-    forward_kernel[(triton.cdiv(rows, FORWARD_ROWS),)](
+    options = options_of(weight)
+    if projected.dtype != torch.float32 or options["PRECISION"] == "tf32":
+        options["ROWS"] = TENSOR_CORE_ROWS
+    forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
         projected,
         weight,
         bias,
@@ -333,8 +343,7 @@ def forward_small(
         GATES=gates,
         PACKED=segment_ids is not None,
         KEEP=keep,
-        ROWS=FORWARD_ROWS,
-        **options_of(size),
+        **options,
     )
     return outputs, (hiddens, cells)
 
@@ -351,20 +360,20 @@ def backward_small(
     cells: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """
-    Gradients in float32 of `projected`, of `weight`, of the new gate's bias where that is not the sum of the inputs'
-    (GRU), and of `zero_input` where there are segments.
+    Gradients of `projected`, of `weight`, of the new gate's bias where that is not the sum of the inputs' (GRU), and of
+    `zero_input` where there are segments; the first two in float32, the others in float64.
     """
     batch, length, size = grad_outputs.shape
     gates, packed = len(weight) // size, segment_ids is not None
     inputs = batch * projected.shape[1]
-    blocks = triton.cdiv(inputs, BACKWARD_ROWS)
+    options = options_of(weight)
+    blocks = triton.cdiv(inputs, options["ROWS"])
     programs = min(num_programs(projected.device), blocks)
-    options = options_of(size)
     float32 = {"dtype": torch.float32, "device": projected.device}
-    grad_inputs = torch.empty(blocks, BACKWARD_ROWS + window - 1, gates * size, **float32)
+    grad_inputs = torch.empty(blocks, options["ROWS"] + window - 1, gates * size, **float32)
     grad_weight = torch.empty(programs, *weight.shape, **float32)
-    bias_sums = torch.empty(programs, options["WIDTH"] if gates == 3 else 0, **float32)
-    zero_sums = torch.zeros(programs, gates * size if packed else 0, **float32)
+    bias_sums = grad_weight.new_zeros((programs, size if gates == 3 else 0), dtype=torch.float64)
+    zero_sums = grad_weight.new_zeros((programs, gates * size if packed else 0), dtype=torch.float64)
     backward_kernel[(programs,)](
         projected,
         weight,
@@ -386,12 +395,11 @@ def backward_small(
         blocks,
         GATES=gates,
         PACKED=packed,
-        ROWS=BACKWARD_ROWS,
         **options,
     )
-    own, beyond = grad_inputs.split([BACKWARD_ROWS, window - 1], dim=1)
-    for distance, part in enumerate(beyond.split(BACKWARD_ROWS, dim=1), start=1):  # of the block so far behind
+    own, beyond = grad_inputs.split([options["ROWS"], window - 1], dim=1)
+    for distance, part in enumerate(beyond.split(options["ROWS"], dim=1), start=1):  # of the block so far behind
         own[distance:, : part.shape[1]] += part[: max(blocks - distance, 0)]
     grad_projected = own.reshape(-1, gates * size)[:inputs].view_as(projected)
-    grad_new_bias = bias_sums.sum(dim=0)[:size] if gates == 3 else None
+    grad_new_bias = bias_sums.sum(dim=0) if gates == 3 else None
     return grad_projected, grad_weight.sum(dim=0), grad_new_bias, zero_sums.sum(dim=0) if packed else None
