@@ -14,6 +14,9 @@ Source: Wang et al. 2019, "R-Transformer" (arXiv 1907.05572), section 3.1 and th
 # B batch, L length, D hidden size, K window, G gates: GRU 3 (reset, update, new), LSTM 4 (input, forget, cell, output),
 # tanh RNN 1. Gates are stacked in this order along the last dimension, as in torch.nn.GRU, LSTM and RNN.
 
+import functools
+import importlib.util
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -90,18 +93,34 @@ def local_rnn_plain(
     return hidden
 
 
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def local_rnn_tiled(projected, weight, bias, zero_input, segment_ids, rnn_type, window):
     """`local_rnn_plain` on a CPU in float32 or float64, several times as fast and without its copies."""
-    needs_grad = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (projected, weight, bias, zero_input)
-    )
-    return TiledLocalRnn.apply(projected, weight, bias, zero_input, segment_ids, rnn_type, window, needs_grad)
+    keep = needs_grad(projected, weight, bias, zero_input)
+    return TiledLocalRnn.apply(projected, weight, bias, zero_input, segment_ids, rnn_type, window, keep)
+
+
+@functools.cache
+def triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def local_rnn_triton(projected, weight, bias, zero_input, segment_ids, rnn_type, window):
+    """`local_rnn_plain` on a GPU in float32, bfloat16 or float16 in Triton's kernels, which are imported only here."""
+    from .local_rnn_triton import TritonLocalRnn
+
+    keep = needs_grad(projected, weight, bias, zero_input)
+    return TritonLocalRnn.apply(projected, weight, bias, zero_input, segment_ids, rnn_type, window, keep)
 
 
 # Elements of the input from which tiles are faster than plain operations, as scripts/benchmark.py shows.
 TILED_FROM = 2**16
 
-IMPLEMENTATIONS = {"plain": local_rnn_plain, "tiled": local_rnn_tiled}
+IMPLEMENTATIONS = {"plain": local_rnn_plain, "tiled": local_rnn_tiled, "triton": local_rnn_triton}
 
 
 def best_implementation(projected: torch.Tensor, weight: torch.Tensor) -> str:
@@ -115,6 +134,9 @@ def best_implementation(projected: torch.Tensor, weight: torch.Tensor) -> str:
     on_cpu = projected.device.type == "cpu" and projected.dtype in (torch.float32, torch.float64)
     if on_cpu and projected.numel() // weight.shape[0] * weight.shape[1] >= TILED_FROM:
         return "tiled"
+    on_gpu = projected.is_cuda and projected.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if on_gpu and triton_is_installed():
+        return "triton"
     return "plain"
 
 
@@ -138,7 +160,8 @@ def local_rnn(
         rnn_type: `"gru"`, `"lstm"` or `"rnn"`.
         segment_ids (`(B, L)`, integer, *optional*): windows do not reach into another segment.
         zero_input (`(G D)`): the projection of a zero input, needed with `segment_ids`.
-        implementation: `"plain"`, `"tiled"` (CPU, float32 and float64, differentiable once) or `"auto"`.
+        implementation: `"plain"`, `"tiled"` (CPU, float32 and float64, differentiable once), `"triton"` (CUDA, float32,
+            bfloat16 and float16, differentiable once; an `ImportError` without Triton) or `"auto"`.
 
     Returns:
         `(B, L, D)`: the last hidden state of each window.

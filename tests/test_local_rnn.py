@@ -1,5 +1,7 @@
 """The LocalRNN equals torch's own RNNs run over unfolded windows, gradients included."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -175,6 +177,16 @@ def test_an_unknown_implementation_is_named_with_the_known_ones():
     local_rnn = LocalRNN(4, 3, "gru")
     local_rnn.implementation = "cudnn"
     with pytest.raises(ValueError, match="'cudnn'.*plain.*tiled"):
+        local_rnn(torch.randn(1, 5, 4))
+
+
+def test_asking_for_triton_without_having_it_says_what_to_install(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("modeling_rtransformer.local_rnn_triton")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)  # as if it were not installed
+    local_rnn = LocalRNN(4, 3, "gru")
+    local_rnn.implementation = "triton"
+    with pytest.raises(ImportError, match="'triton' needs Triton: `pip install triton`"):
         local_rnn(torch.randn(1, 5, 4))
 
 

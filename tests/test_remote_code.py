@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from transformers.dynamic_module_utils import get_imports
 
 from modeling_rtransformer import RTransformerForCausalLM, RTransformerForSequenceClassification, RTransformerModel
 from tests.conftest import tiny_config
@@ -52,3 +53,10 @@ def test_every_auto_class_of_the_map_loads_from_a_checkpoint_of_any_head(saved, 
     auto_classes = sorted(config.auto_map.keys() - {"AutoConfig"})
     found = load_elsewhere(tmp_path / "model", auto_classes, tmp_path)
     assert len(found) == 6 and all(place["module"].startswith("transformers_modules.") for place in found.values())
+
+
+def test_the_kernels_travel_with_a_checkpoint_and_are_no_requirement_of_it(tmp_path):
+    RTransformerModel(tiny_config()).save_pretrained(tmp_path)
+    files = {path.name: get_imports(path) for path in tmp_path.glob("*.py")}
+    assert {f"local_rnn_triton{part}.py" for part in ("", "_cells", "_large", "_small")} <= files.keys()
+    assert "triton" not in {name for imports in files.values() for name in imports}
