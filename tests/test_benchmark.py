@@ -38,6 +38,19 @@ def test_a_ratio_is_of_the_medians_and_held_against_its_target(quantity, target,
     assert (row["share_of_roofline"], row["tokens_per_second"], row["their_tokens_per_second"]) == (0.5, 3, 1.5)
 
 
+def build_buffers(device, small):
+    """One function that fills 1 byte, one that fills 96 MiB."""
+    return lambda: torch.ones(1), lambda: torch.ones(1 if small else 24 * 2**20)
+
+
+def test_peak_memory_is_that_of_one_call():
+    held = torch.ones(48 * 2**20)  # what the measuring process holds or held does not count
+    case = Case("a", "b", build_buffers, "memory", target=0.5)
+    row = measuring.measure(case, CPU, 1, False, {})
+    assert 90 < row["theirs_bytes"] / 2**20 < 110 and row["ours_bytes"] < 2**23 and row["reached"]
+    assert held.numel()
+
+
 def test_a_run_writes_its_rows_and_resumes_with_them(tmp_path, capsys):
     arguments = [
         "--small",
