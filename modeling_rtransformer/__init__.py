@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig
 
 from .classification import (
+    RTransformerForAudioFrameClassification,
     RTransformerForQuestionAnswering,
     RTransformerForSequenceClassification,
     RTransformerForTokenClassification,
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RTransformerConfig",
+    "RTransformerForAudioFrameClassification",
     "RTransformerForCausalLM",
     "RTransformerForMaskedLM",
     "RTransformerForQuestionAnswering",

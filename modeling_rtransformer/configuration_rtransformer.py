@@ -19,6 +19,7 @@ LAYER_NORM_TYPES = ("standard", "original")
 AUTO_MAP = {
     "AutoConfig": "configuration_rtransformer.RTransformerConfig",
     "AutoModel": "modeling_rtransformer.RTransformerModel",
+    "AutoModelForAudioFrameClassification": "classification.RTransformerForAudioFrameClassification",
     "AutoModelForCausalLM": "modeling_rtransformer.RTransformerForCausalLM",
     "AutoModelForMaskedLM": "modeling_rtransformer.RTransformerForMaskedLM",
     "AutoModelForQuestionAnswering": "classification.RTransformerForQuestionAnswering",
@@ -34,6 +35,7 @@ def model_classes() -> dict[str, type]:
     Imported here, in the file that all others import, the whole code is saved beside a checkpoint of any one class.
     """
     from .classification import (
+        RTransformerForAudioFrameClassification,
         RTransformerForQuestionAnswering,
         RTransformerForSequenceClassification,
         RTransformerForTokenClassification,
@@ -42,6 +44,7 @@ def model_classes() -> dict[str, type]:
 
     classes = (
         RTransformerModel,
+        RTransformerForAudioFrameClassification,
         RTransformerForCausalLM,
         RTransformerForMaskedLM,
         RTransformerForQuestionAnswering,

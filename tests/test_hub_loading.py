@@ -108,7 +108,7 @@ def test_every_head_by_every_auto_class_with_and_without_the_package_then_offlin
         "folder": load(bare_python, [str(tmp_path / name) for name in auto_classes], auto_classes, tmp_path),
     }
     for way, found in ways.items():
-        assert len(found) == 36
+        assert len(found) == 49
         prefix = "modeling_rtransformer." if way == "package" else "transformers_modules."
         assert all(loaded["module"].startswith(prefix) for loaded in found.values()), way
         for place, output in pushed.items():
@@ -160,6 +160,8 @@ CARDS = {
     "text classifier": ("AutoModelForSequenceClassification", True, {"num_labels": 3}),
     "classifier of numbers": ("AutoModelForSequenceClassification", False, {"num_input_features": 2, "num_labels": 3}),
     "token classifier": ("AutoModelForTokenClassification", True, {"is_causal": False, "num_labels": 4}),
+    "frame classifier": ("AutoModelForAudioFrameClassification", False, {"num_input_features": 2, "num_labels": 3}),
+    "frame classifier of tokens": ("AutoModelForAudioFrameClassification", True, {"num_labels": 3}),
     "question answering": ("AutoModelForQuestionAnswering", True, {"is_causal": False}),
     "base model": ("AutoModel", True, {}),
 }

@@ -51,4 +51,4 @@ def test_every_auto_class_of_the_map_loads_from_a_checkpoint_of_any_head(saved, 
     saved(config).save_pretrained(tmp_path / "model")
     auto_classes = sorted(config.auto_map.keys() - {"AutoConfig"})
     found = load_elsewhere(tmp_path / "model", auto_classes, tmp_path)
-    assert len(found) == 6 and all(place["module"].startswith("transformers_modules.") for place in found.values())
+    assert len(found) == 7 and all(place["module"].startswith("transformers_modules.") for place in found.values())
