@@ -21,6 +21,7 @@ def make_trainer(model: PreTrainedModel, args: TrainingArguments, prepared: Prep
         data_collator=prepared.collator,
         compute_metrics=prepared.compute_metrics,
         preprocess_logits_for_metrics=prepared.reduce_logits,
+        compute_loss_func=prepared.compute_loss,
         **options,
     )
 

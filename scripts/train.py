@@ -41,7 +41,7 @@ from scripts.scoring import make_trainer, score
 from scripts.tasks.prepared import Prepared
 
 
-SMALLER_IS_BETTER = {"bits_per_character", "perplexity"}
+SMALLER_IS_BETTER = {"bits_per_character", "perplexity", "nats_per_frame"}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
