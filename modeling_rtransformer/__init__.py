@@ -16,6 +16,7 @@ from .classification import (
     RTransformerForTokenClassification,
 )
 from .configuration_rtransformer import RTransformerConfig, model_classes, rem_heads
+from .forecasting import RTransformerForTimeSeriesPrediction
 from .modeling_rtransformer import (
     RTransformerForCausalLM,
     RTransformerForMaskedLM,
@@ -39,6 +40,7 @@ __all__ = [
     "RTransformerForMaskedLM",
     "RTransformerForQuestionAnswering",
     "RTransformerForSequenceClassification",
+    "RTransformerForTimeSeriesPrediction",
     "RTransformerForTokenClassification",
     "RTransformerModel",
     "RTransformerPreTrainedModel",

@@ -44,12 +44,15 @@ HEADS = {
     "RTransformerForAudioFrameClassification": Head(
         "AutoModelForAudioFrameClassification", "audio-classification", "frame classifier"
     ),
+    "RTransformerForTimeSeriesPrediction": Head(
+        "AutoModelForTimeSeriesPrediction", "time-series-forecasting", "forecaster of time series"
+    ),
     "RTransformerForQuestionAnswering": Head(
         "AutoModelForQuestionAnswering", "question-answering", "extractive question answering model"
     ),
 }
-# Transformers 5 has none for questions any more, and none for the frames of a recording.
-NO_PIPELINES = {"question-answering", "audio-classification"}
+# Transformers 5 has none for questions any more, and none for the frames of a recording or for forecasts.
+NO_PIPELINES = {"question-answering", "audio-classification", "time-series-forecasting"}
 EXAMPLES = {"stdlib_code": "def read_file(path):"}  # a beginning that suits the data, by source
 
 

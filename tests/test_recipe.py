@@ -22,7 +22,10 @@ def recipe(tmp_path):
 @pytest.mark.parametrize("name", RECIPES)
 def test_each_recipe_of_the_repository_is_valid(name, tmp_path):
     recipe = read_recipe(name)
-    assert AutoConfig.from_pretrained(CONFIGURATION / name).hidden_size == recipe.config().hidden_size
+    found = AutoConfig.from_pretrained(CONFIGURATION / name)
+    assert type(found) is type(recipe.config())
+    found._name_or_path = recipe.config()._name_or_path
+    assert found.to_diff_dict() == recipe.config().to_diff_dict()
     TrainingArguments(output_dir=str(tmp_path), **{**recipe.training, "metric_for_best_model": "x"})
 
 

@@ -29,6 +29,7 @@ class Prepared:
         compute_metrics: metrics of all reduced predictions.
         compare: other methods' results on a split, by name.
         compute_loss: `(outputs, labels, num_items_in_batch)` to the loss; None for the model's own.
+        label_names: what of a batch `reduce_logits` and `compute_metrics` get as labels; None for `labels`.
     """
 
     auto_class: Any
@@ -41,3 +42,4 @@ class Prepared:
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     compare: Callable[[str], dict[str, float]] = _no_comparison
     compute_loss: Callable | None = None
+    label_names: tuple[str, ...] | None = None
