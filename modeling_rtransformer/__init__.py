@@ -10,11 +10,13 @@ import transformers
 from transformers import AutoConfig
 
 from .classification import (
+    RTransformerForAudioFrameClassification,
     RTransformerForQuestionAnswering,
     RTransformerForSequenceClassification,
     RTransformerForTokenClassification,
 )
 from .configuration_rtransformer import RTransformerConfig, model_classes, rem_heads
+from .forecasting import RTransformerForTimeSeriesPrediction
 from .modeling_rtransformer import (
     RTransformerForCausalLM,
     RTransformerForMaskedLM,
@@ -33,10 +35,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "RTransformerConfig",
+    "RTransformerForAudioFrameClassification",
     "RTransformerForCausalLM",
     "RTransformerForMaskedLM",
     "RTransformerForQuestionAnswering",
     "RTransformerForSequenceClassification",
+    "RTransformerForTimeSeriesPrediction",
     "RTransformerForTokenClassification",
     "RTransformerModel",
     "RTransformerPreTrainedModel",

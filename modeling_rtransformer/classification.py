@@ -1,10 +1,11 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
-"""Heads that classify: whole sequences, positions, and the two ends of an answer."""
+"""Heads that classify: whole sequences, positions, frames, and the two ends of an answer."""
 
 # B batch, T positions, D hidden size
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -14,9 +15,29 @@ from transformers.modeling_outputs import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.import_utils import is_tracing
 
 from .configuration_rtransformer import RTransformerConfig
 from .modeling_rtransformer import RTransformerModel, RTransformerPreTrainedModel, check_ids
+
+
+IGNORED = -100  # the label of what is not scored, as everywhere in Transformers
+
+
+def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
+    """
+    `(B, D)` from `(B, T, D)`: the last real position of a causal model, the mean over the real ones of a bidirectional
+    one. What is real is said by a mask of two dimensions; all positions are without one.
+    """
+    batch, length = hidden_states.shape[:2]
+    real = torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
+    if attention_mask is not None and attention_mask.dim() == 2:
+        real = attention_mask[:, -length:].bool()
+    if is_causal:
+        last = (torch.arange(length, device=hidden_states.device) * real).argmax(-1)
+        return hidden_states[torch.arange(batch, device=hidden_states.device), last]
+    weights = real.to(hidden_states.dtype)
+    return (hidden_states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
 
 
 class RTransformerForSequenceClassification(RTransformerPreTrainedModel):
@@ -68,7 +89,10 @@ class RTransformerForSequenceClassification(RTransformerPreTrainedModel):
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.score(self._pool(outputs.last_hidden_state, input_ids, attention_mask))
+        real = attention_mask
+        if (real is None or real.dim() != 2) and input_ids is not None and self.config.pad_token_id is not None:
+            real = input_ids != self.config.pad_token_id
+        logits = self.score(pool(outputs.last_hidden_state, real, self.config.is_causal))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
@@ -80,28 +104,9 @@ class RTransformerForSequenceClassification(RTransformerPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def _pool(
-        self,
-        hidden_states: torch.Tensor,  # (B, T, D)
-        input_ids: torch.LongTensor | None,
-        attention_mask: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """`(B, D)`: the last real position, or the mean over the real ones."""
-        batch, length = hidden_states.shape[:2]
-        real = torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
-        if attention_mask is not None and attention_mask.dim() == 2:
-            real = attention_mask[:, -length:].bool()
-        elif input_ids is not None and self.config.pad_token_id is not None:
-            real = input_ids != self.config.pad_token_id
-        if self.config.is_causal:
-            last = (torch.arange(length, device=hidden_states.device) * real).argmax(-1)
-            return hidden_states[torch.arange(batch, device=hidden_states.device), last]
-        weights = real.to(hidden_states.dtype)
-        return (hidden_states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
-
 
 class RTransformerForTokenClassification(RTransformerPreTrainedModel):
-    """One prediction a position: tags of tokens, or several labels of a frame."""
+    """One prediction a position, such as tags of tokens."""
 
     def __init__(self, config: RTransformerConfig):
         super().__init__(config)
@@ -147,6 +152,117 @@ class RTransformerForTokenClassification(RTransformerPreTrainedModel):
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+
+class RTransformerForAudioFrameClassification(RTransformerPreTrainedModel):
+    """
+    One or several labels of each frame, such as the notes that sound in it.
+
+    The loss of several labels is the mean of the binary cross-entropies
+
+        -y log sigmoid(z) - (1 - y) log(1 - sigmoid(z))
+
+    over all labels of all frames that are scored; of one label a frame, the mean cross-entropy over those frames.
+    """
+
+    def __init__(self, config: RTransformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RTransformerModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        input_values: torch.FloatTensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """
+        Inputs as in [`RTransformerModel.forward`].
+
+        Args:
+            labels (*optional*):
+                `(B, T, num_labels)`, each from 0 to 1, for several labels a frame; `(B, T)` class ids for one. Not
+                scored are labels of -100 and frames whose `attention_mask` is 0.
+            num_items_in_batch (*optional*): divides the summed loss in place of the number of labels scored here.
+
+        Returns:
+            `logits` `(B, T, num_labels)`, with `labels` also the `loss`.
+
+        Raises:
+            ValueError: labels of another shape than `config.problem_type` asks for, or out of range.
+        """
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            **kwargs,
+        )
+        logits = self.score(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            self._check_labels(labels, logits.shape[1])
+            loss = self._loss(logits, labels.to(logits.device), attention_mask, num_items_in_batch)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+    def _check_labels(self, labels: torch.Tensor, length: int) -> None:
+        wanted = {
+            None: (2, 3),
+            "single_label_classification": (2,),
+            "multi_label_classification": (3,),
+        }.get(self.config.problem_type)
+        if wanted is None:
+            raise ValueError(
+                "`problem_type` must be multi_label_classification, single_label_classification or None for frames, "
+                f"got {self.config.problem_type!r}"
+            )
+        shapes = {2: f"(batch, length = {length})", 3: f"(batch, length = {length}, `num_labels` = {self.num_labels})"}
+        fits = labels.dim() in wanted and tuple(labels.shape[1:]) in ((length,), (length, self.num_labels))
+        if not fits:
+            raise ValueError(
+                f"`labels` must have the shape {' or '.join(shapes[dims] for dims in wanted)} (`problem_type` is "
+                f"{self.config.problem_type}), got {tuple(labels.shape)}"
+            )
+        if labels.dim() == 2:
+            check_ids("labels", labels, self.num_labels, "`num_labels`")
+        elif labels.device.type == "cpu" and not is_tracing(labels):
+            wrong = labels[(labels != IGNORED) & ~((labels >= 0) & (labels <= 1))]
+            if wrong.numel():
+                raise ValueError(f"`labels` must lie in [0, 1], or be -100 where not scored, got {wrong[0].item()}")
+
+    def _loss(
+        self,
+        logits: torch.Tensor,  # (B, T, num_labels)
+        labels: torch.Tensor,  # (B, T, num_labels) or (B, T)
+        attention_mask: torch.Tensor | None,
+        count: torch.Tensor | int | None,
+    ) -> torch.Tensor:
+        scored = labels != IGNORED
+        if attention_mask is not None and attention_mask.dim() == 2:
+            real = attention_mask[:, -logits.shape[1] :].bool().to(labels.device)
+            scored = scored & real.view(*real.shape, *[1] * (labels.dim() - 2))
+        if labels.dim() == 3:
+            targets = torch.where(scored, labels, 0).float()
+            losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
+        else:
+            targets = torch.where(scored, labels, 0)
+            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        if count is None:
+            count = scored.sum().clamp(min=1)
+        elif torch.is_tensor(count):
+            count = count.to(losses.device)
+        return (losses * scored).sum() / count
 
 
 class RTransformerForQuestionAnswering(RTransformerPreTrainedModel):
@@ -202,6 +318,7 @@ class RTransformerForQuestionAnswering(RTransformerPreTrainedModel):
 
 
 __all__ = [
+    "RTransformerForAudioFrameClassification",
     "RTransformerForQuestionAnswering",
     "RTransformerForSequenceClassification",
     "RTransformerForTokenClassification",

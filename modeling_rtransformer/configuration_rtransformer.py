@@ -14,15 +14,18 @@ REM_KINDS = ("none", "regular", "first_cyclical", "second_cyclical")
 REM_GATES = ("layer", "head")
 POSITION_EMBEDDINGS = ("none", "sinusoidal")
 LAYER_NORM_TYPES = ("standard", "original")
+INSTANCE_NORMS = ("none", "reversible")
 
 # Where the Auto classes of a machine without this package find the code, in the Hub repository of a checkpoint.
 AUTO_MAP = {
     "AutoConfig": "configuration_rtransformer.RTransformerConfig",
     "AutoModel": "modeling_rtransformer.RTransformerModel",
+    "AutoModelForAudioFrameClassification": "classification.RTransformerForAudioFrameClassification",
     "AutoModelForCausalLM": "modeling_rtransformer.RTransformerForCausalLM",
     "AutoModelForMaskedLM": "modeling_rtransformer.RTransformerForMaskedLM",
     "AutoModelForQuestionAnswering": "classification.RTransformerForQuestionAnswering",
     "AutoModelForSequenceClassification": "classification.RTransformerForSequenceClassification",
+    "AutoModelForTimeSeriesPrediction": "forecasting.RTransformerForTimeSeriesPrediction",
     "AutoModelForTokenClassification": "classification.RTransformerForTokenClassification",
 }
 
@@ -34,18 +37,22 @@ def model_classes() -> dict[str, type]:
     Imported here, in the file that all others import, the whole code is saved beside a checkpoint of any one class.
     """
     from .classification import (
+        RTransformerForAudioFrameClassification,
         RTransformerForQuestionAnswering,
         RTransformerForSequenceClassification,
         RTransformerForTokenClassification,
     )
+    from .forecasting import RTransformerForTimeSeriesPrediction
     from .modeling_rtransformer import RTransformerForCausalLM, RTransformerForMaskedLM, RTransformerModel
 
     classes = (
         RTransformerModel,
+        RTransformerForAudioFrameClassification,
         RTransformerForCausalLM,
         RTransformerForMaskedLM,
         RTransformerForQuestionAnswering,
         RTransformerForSequenceClassification,
+        RTransformerForTimeSeriesPrediction,
         RTransformerForTokenClassification,
     )
     by_place = {f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}": cls for cls in classes}
@@ -155,6 +162,12 @@ class RTransformerConfig(PreTrainedConfig):
         num_input_features (`int`, *optional*):
             If set, the input is `input_values` of shape `(batch, length, num_input_features)`, mapped by a linear
             layer in place of the token embedding; there is then no token embedding to tie.
+        prediction_length (`int`, *optional*): steps that [`RTransformerForTimeSeriesPrediction`] forecasts at once.
+        instance_norm (`str`, defaults to `"none"`):
+            `"reversible"` brings each channel of a series that is to be forecast to mean 0 and variance 1, and the
+            forecast back (Kim et al. 2022, without affine parameters).
+        channel_independent (`bool`, defaults to `False`):
+            True: each channel of a series is read and forecast alone, with the same weights; `num_input_features` is 1.
         tie_word_embeddings (`bool`, defaults to `True`): the language model head uses the embedding's weight.
         lm_head_bias (`bool`, defaults to `True`): a bias in the language model head, as the original code has.
         embedding_dropout (`float`, defaults to 0.0): dropout of the embedded input.
@@ -210,6 +223,9 @@ class RTransformerConfig(PreTrainedConfig):
     layer_norm_type: str = "standard"
     layer_norm_eps: float = 1e-5
     num_input_features: int | None = None
+    prediction_length: int | None = None
+    instance_norm: str = "none"
+    channel_independent: bool = False
     tie_word_embeddings: bool = True
     lm_head_bias: bool = True
     embedding_dropout: float | int = 0.0
@@ -269,6 +285,13 @@ class RTransformerConfig(PreTrainedConfig):
             self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         if self.num_input_features is not None:
             self._require(self.num_input_features >= 1, "num_input_features", "at least 1, or None for token ids")
+        if self.prediction_length is not None:
+            self._require(
+                self.prediction_length >= 1, "prediction_length", "at least 1, or None where none is asked for"
+            )
+        self._require_name("instance_norm", INSTANCE_NORMS)
+        if self.channel_independent:
+            self._require(self.num_input_features == 1, "num_input_features", "1 with `channel_independent`")
         self._validate_rem()
 
     def _validate_rem(self) -> None:

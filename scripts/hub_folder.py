@@ -30,7 +30,7 @@ from scripts.report import plot_curve, plot_gates
 
 
 COPIED = ("generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILES, "curve.json", "curve.png")
-DATA_FILES = ("train", "validation", "test")  # settings of [data] that name files
+DATA_FILES = ("train", "validation", "test", "file")  # settings of [data] that name files
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 HOME = re.compile(r"(?:/home|/Users|[A-Za-z]:\\+Users)[/\\]+[\w.-]+")
 
@@ -97,7 +97,7 @@ def public_recipe(recipe: Recipe) -> Recipe:
     """The recipe without where files lie on this machine, and without the settings of pushing and logging."""
     data = dict(recipe.sections["data"])
     for split in DATA_FILES:
-        if data.get("source") == "files" and split in data:
+        if split in data and (split == "file" or data.get("source") == "files"):
             data[split] = _file_names(data[split])
     if data.get("source") == "hub" and Path(data["dataset"]).is_dir():
         data["dataset"] = Path(data["dataset"]).name

@@ -41,11 +41,18 @@ HEADS = {
     "RTransformerForTokenClassification": Head(
         "AutoModelForTokenClassification", "token-classification", "token classifier"
     ),
+    "RTransformerForAudioFrameClassification": Head(
+        "AutoModelForAudioFrameClassification", "audio-classification", "frame classifier"
+    ),
+    "RTransformerForTimeSeriesPrediction": Head(
+        "AutoModelForTimeSeriesPrediction", "time-series-forecasting", "forecaster of time series"
+    ),
     "RTransformerForQuestionAnswering": Head(
         "AutoModelForQuestionAnswering", "question-answering", "extractive question answering model"
     ),
 }
-GONE_PIPELINES = {"question-answering"}  # Transformers 5 has none any more
+# Transformers 5 has none for questions any more, and none for the frames of a recording or for forecasts.
+NO_PIPELINES = {"question-answering", "audio-classification", "time-series-forecasting"}
 EXAMPLES = {"stdlib_code": "def read_file(path):"}  # a beginning that suits the data, by source
 
 
@@ -156,7 +163,7 @@ def render(
     """
     config, head = model.config, head_of(model.config)
     reads_numbers = config.num_input_features is not None
-    has_pipeline = not reads_numbers and tokenizer is not None and head.pipeline not in GONE_PIPELINES
+    has_pipeline = not reads_numbers and tokenizer is not None and head.pipeline not in NO_PIPELINES
     if head.pipeline == "fill-mask" and not (has_pipeline and _reads_its_mask(tokenizer)):
         has_pipeline = False
     data = recipe.sections["data"] if recipe is not None else {}

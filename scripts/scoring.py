@@ -12,6 +12,8 @@ def make_trainer(model: PreTrainedModel, args: TrainingArguments, prepared: Prep
     """A `Trainer` of the task, for training or only for scoring; what it pushes to the Hub is complete and safe."""
     if args.push_to_hub:
         options["callbacks"] = [*options.get("callbacks", ()), HubFilesCallback()]
+    if prepared.label_names is not None:
+        args.label_names = list(prepared.label_names)
     return Trainer(
         model=model,
         args=args,
@@ -21,6 +23,7 @@ def make_trainer(model: PreTrainedModel, args: TrainingArguments, prepared: Prep
         data_collator=prepared.collator,
         compute_metrics=prepared.compute_metrics,
         preprocess_logits_for_metrics=prepared.reduce_logits,
+        compute_loss_func=prepared.compute_loss,
         **options,
     )
 

@@ -41,7 +41,7 @@ from scripts.scoring import make_trainer, score
 from scripts.tasks.prepared import Prepared
 
 
-SMALLER_IS_BETTER = {"bits_per_character", "perplexity"}
+SMALLER_IS_BETTER = {"bits_per_character", "perplexity", "nats_per_frame", "mse", "mae"}
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -120,7 +120,10 @@ def save_final(trainer: Trainer, prepared: Prepared, recipe: Recipe, result: dic
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    model.config.use_cache = recipe.config().use_cache  # Trainer switches it off
+    if hasattr(recipe.config(), "use_cache"):
+        model.config.use_cache = recipe.config().use_cache  # Trainer switches it off
+    elif hasattr(model.config, "use_cache"):  # or makes one up
+        del model.config.use_cache
     model.save_pretrained(partial)
     if prepared.tokenizer is not None:
         prepared.tokenizer.save_pretrained(partial)

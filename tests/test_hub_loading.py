@@ -40,7 +40,8 @@ for place in options["places"]:
     for auto_class in options["auto_classes"]:
         auto_class = getattr(transformers, auto_class)
         model = auto_class.from_pretrained(place, **trust, **options["arguments"]).eval()
-        output = model(torch.arange(3, 14)[None])[0]
+        ids, values = torch.arange(3, 14)[None], torch.arange(33.0).view(1, 11, 3).sin()
+        output = model(**{model.main_input_name: ids if model.main_input_name == "input_ids" else values})[0]
         module = type(model).__module__
         made = auto_class.from_config(model.config, **trust)
         assert type(made) is type(model)
@@ -87,13 +88,15 @@ def load(python, places, auto_classes, cwd, package=False, arguments=None, **env
 
 @pytest.fixture
 def pushed(hub, tmp_path):
-    """Every head, pushed, and what its base gives here."""
+    """Every head, pushed, and what its base gives here; of numbers, which all of them read."""
     expected = {}
     for auto_class, model_class in model_classes().items():
-        model = model_class(tiny_config(is_causal=False)).eval()
+        config = tiny_config(is_causal=False, num_input_features=3, prediction_length=2)
+        model = model_class(config).eval()
         model.save_pretrained(tmp_path / auto_class)
         push_to_hub.push(tmp_path / auto_class, f"someone/{auto_class}")
-        output = model(torch.arange(3, 14)[None])[0].flatten()[:30]
+        values = torch.arange(33.0).view(1, 11, 3).sin()
+        output = model(**{model.main_input_name: values})[0].flatten()[:30]
         expected[f"someone/{auto_class} {auto_class}"] = output.detach()
     return expected
 
@@ -108,7 +111,7 @@ def test_every_head_by_every_auto_class_with_and_without_the_package_then_offlin
         "folder": load(bare_python, [str(tmp_path / name) for name in auto_classes], auto_classes, tmp_path),
     }
     for way, found in ways.items():
-        assert len(found) == 36
+        assert len(found) == 64
         prefix = "modeling_rtransformer." if way == "package" else "transformers_modules."
         assert all(loaded["module"].startswith(prefix) for loaded in found.values()), way
         for place, output in pushed.items():
@@ -160,6 +163,9 @@ CARDS = {
     "text classifier": ("AutoModelForSequenceClassification", True, {"num_labels": 3}),
     "classifier of numbers": ("AutoModelForSequenceClassification", False, {"num_input_features": 2, "num_labels": 3}),
     "token classifier": ("AutoModelForTokenClassification", True, {"is_causal": False, "num_labels": 4}),
+    "frame classifier": ("AutoModelForAudioFrameClassification", False, {"num_input_features": 2, "num_labels": 3}),
+    "frame classifier of tokens": ("AutoModelForAudioFrameClassification", True, {"num_labels": 3}),
+    "forecaster": ("AutoModelForTimeSeriesPrediction", False, {"num_input_features": 2, "prediction_length": 5}),
     "question answering": ("AutoModelForQuestionAnswering", True, {"is_causal": False}),
     "base model": ("AutoModel", True, {}),
 }

@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from modeling_rtransformer import (
+    RTransformerForAudioFrameClassification,
     RTransformerForCausalLM,
     RTransformerForSequenceClassification,
     RTransformerForTokenClassification,
@@ -341,6 +342,7 @@ class TestContinuousInput:
             (RTransformerForCausalLM, (2, LENGTH, 37)),
             (RTransformerForSequenceClassification, (2, 4)),
             (RTransformerForTokenClassification, (2, LENGTH, 4)),
+            (RTransformerForAudioFrameClassification, (2, LENGTH, 4)),
         ):
             model = model_class(config).eval()
             assert model.main_input_name == "input_values"

@@ -347,7 +347,7 @@ def test_the_callback_keeps_to_the_list(tmp_path):
     assert (tmp_path / "modeling_rtransformer.py").read_bytes() == (PACKAGE / "modeling_rtransformer.py").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["accuracy", "bits_per_character", "f1", "perplexity"])
+@pytest.mark.parametrize("name", ["accuracy", "bits_per_character", "f1", "mae", "mse", "nats_per_frame", "perplexity"])
 def test_a_metric_goes_to_a_space(hub, name):
     folder = Path(push_to_hub.__file__).parent / "metrics" / name
     result = run(folder, f"someone/{name}")

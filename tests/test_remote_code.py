@@ -19,7 +19,8 @@ import torch, transformers
 found = {}
 for auto_class in sys.argv[2:]:
     model = getattr(transformers, auto_class).from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-    output = model(torch.arange(3, 14)[None])[0]
+    ids, values = torch.arange(3, 14)[None], torch.arange(33.0).view(1, 11, 3).sin()
+    output = model(**{model.main_input_name: ids if model.main_input_name == "input_ids" else values})[0]
     found[auto_class] = {"module": type(model).__module__, "output": output.flatten()[:40].tolist()}
 assert "modeling_rtransformer" not in sys.modules, "the installed package was used"
 print(json.dumps(found))
@@ -47,12 +48,17 @@ def test_it_loads_without_the_package_and_gives_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("saved", [RTransformerModel, RTransformerForCausalLM, RTransformerForSequenceClassification])
-def test_every_auto_class_of_the_map_loads_from_a_checkpoint_of_any_head(saved, tmp_path):
-    config = tiny_config(is_causal=False)
+@pytest.mark.parametrize("fields", [{}, {"num_input_features": 3, "prediction_length": 2}], ids=["ids", "values"])
+def test_every_auto_class_of_the_map_loads_from_a_checkpoint_of_any_head(saved, fields, tmp_path):
+    config = tiny_config(is_causal=False, **fields)
     saved(config).save_pretrained(tmp_path / "model")
     auto_classes = sorted(config.auto_map.keys() - {"AutoConfig"})
+    if not fields:
+        auto_classes.remove("AutoModelForTimeSeriesPrediction")  # it reads numbers only
     found = load_elsewhere(tmp_path / "model", auto_classes, tmp_path)
-    assert len(found) == 6 and all(place["module"].startswith("transformers_modules.") for place in found.values())
+    assert len(found) == (8 if fields else 7) and all(
+        place["module"].startswith("transformers_modules.") for place in found.values()
+    )
 
 
 def test_the_kernels_travel_with_a_checkpoint_and_are_no_requirement_of_it(tmp_path):

@@ -2,10 +2,18 @@
 Where examples come from, one module a source.
 
 A source has `Options`, a frozen dataclass of its settings in `[data]`, and `load(options)`, which gives a
-`DatasetDict` with the splits `train`, `validation` and `test`. The columns are `text` or `input_values`, and `label`.
+`DatasetDict` with the splits `train`, `validation` and `test`. The columns are `text` or `input_values`, and `label`;
+`values` for a sequence that is its own label; any names for the channels of a series, one row a time step.
 """
 
-from scripts.sources import digits, files, hub, stdlib_code
+from scripts.sources import digits, files, hub, piano_roll, stdlib_code, time_series
 
 
-SOURCES = {"stdlib_code": stdlib_code, "digits": digits, "files": files, "hub": hub}
+SOURCES = {
+    "stdlib_code": stdlib_code,
+    "digits": digits,
+    "files": files,
+    "hub": hub,
+    "piano_roll": piano_roll,
+    "time_series": time_series,
+}

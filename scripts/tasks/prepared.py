@@ -28,6 +28,8 @@ class Prepared:
         reduce_logits: `(logits, labels)` to what the metrics need of them, so that no logits are kept.
         compute_metrics: metrics of all reduced predictions.
         compare: other methods' results on a split, by name.
+        compute_loss: `(outputs, labels, num_items_in_batch)` to the loss; None for the model's own.
+        label_names: what of a batch `reduce_logits` and `compute_metrics` get as labels; None for `labels`.
     """
 
     auto_class: Any
@@ -39,3 +41,5 @@ class Prepared:
     reduce_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
     compare: Callable[[str], dict[str, float]] = _no_comparison
+    compute_loss: Callable | None = None
+    label_names: tuple[str, ...] | None = None

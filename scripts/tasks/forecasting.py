@@ -1,0 +1,143 @@
+"""Forecasting: all channels of a time series, a number of steps ahead at once, from the steps before."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from datasets import DatasetDict
+from torch.utils.data import Dataset, Subset
+from transformers import AutoModelForTimeSeriesPrediction, EvalPrediction, default_data_collator
+
+import scripts.baselines  # noqa: F401  registers the models that a recipe can name
+from modeling_rtransformer.configuration_rtransformer import nearest
+from scripts.metrics import load_metric
+from scripts.tasks.prepared import Prepared
+
+
+METRICS = ("mse", "mae")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """
+    Args:
+        prediction_length: the horizon, in steps.
+        context_length: steps before it that the model sees.
+        max_eval_rows: forecasts scored at an evaluation during training, spread over the split; all if left out.
+    """
+
+    name: str
+    prediction_length: int = 24
+    context_length: int = 96
+    max_eval_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("prediction_length", "context_length", "max_eval_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`task.{name}` must be at least 1, got {value}")
+
+
+class Forecasts(Dataset):
+    """Every stretch of `context_length` and then `prediction_length` steps in a series of shape (steps, channels)."""
+
+    def __init__(self, series: np.ndarray, *, context_length: int, prediction_length: int):
+        self.series = torch.from_numpy(np.ascontiguousarray(series, dtype=np.float32))
+        self.context, self.horizon = context_length, prediction_length
+
+    def __len__(self) -> int:
+        return len(self.series) - self.context - self.horizon + 1
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        cut = index + self.context
+        return {"past_values": self.series[index:cut], "future_values": self.series[cut : cut + self.horizon]}
+
+
+def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
+    """Standardise the series by its training part and cut it into pasts and futures."""
+    options = recipe.task
+    _check(recipe)
+    series = standardised(recipe.load_data(), options)
+    lengths = {"context_length": options.context_length, "prediction_length": options.prediction_length}
+    datasets = {split: Forecasts(series[split], **lengths) for split in splits}
+    monitor = datasets.get("validation")
+    if monitor is not None and options.max_eval_rows is not None and options.max_eval_rows < len(monitor):
+        monitor = Subset(monitor, np.linspace(0, len(monitor) - 1, options.max_eval_rows).round().astype(int).tolist())
+    config = recipe.config()
+    channels = series["train"].shape[1]
+    found = {**lengths, "num_input_features": 1 if getattr(config, "channel_independent", False) else channels}
+    return Prepared(
+        auto_class=AutoModelForTimeSeriesPrediction,
+        config_values={name: value for name, value in found.items() if hasattr(config, name)},
+        datasets=datasets,
+        monitor=monitor,
+        tokenizer=None,
+        collator=default_data_collator,
+        reduce_logits=row_errors,
+        compute_metrics=partial(forecast_metrics, metrics=recipe.report.metrics),
+        label_names=("future_values",),
+    )
+
+
+def standardised(parts: DatasetDict, options: Options) -> dict[str, np.ndarray]:
+    """
+    Each part as (steps, channels), of mean 0 and standard deviation 1 in the training part. Those after it begin with
+    the `context_length` steps before them, so that all of their own are forecast.
+    """
+    names = parts["train"].column_names
+    values = {split: np.stack([np.asarray(rows[name]) for name in names], axis=1) for split, rows in parts.items()}
+    sizes = {split: len(rows) for split, rows in values.items()}
+    context, horizon = options.context_length, options.prediction_length
+    if context + horizon > sizes["train"]:
+        raise ValueError(
+            f"`task.context_length` and `task.prediction_length` must fit into the {sizes['train']} steps of the "
+            f"training part together, got {context} + {horizon}"
+        )
+    for split in ("validation", "test"):
+        if horizon > sizes[split]:
+            raise ValueError(
+                f"`task.prediction_length` must be at most the {sizes[split]} steps of the {split} part, got {horizon}"
+            )
+    mean, std = values["train"].mean(axis=0), values["train"].std(axis=0)
+    for name, deviation in zip(names, std, strict=True):
+        if not deviation > 0:
+            raise ValueError(f"column {name!r} never changes in the training part; leave it out by `data.columns`")
+    whole = (np.concatenate([values[split] for split in ("train", "validation", "test")]) - mean) / std
+    series, end = {}, 0
+    for split in ("train", "validation", "test"):
+        start, end = end, end + sizes[split]
+        series[split] = whole[max(0, start - context) : end]
+    return series
+
+
+def row_errors(logits, labels: torch.Tensor) -> torch.Tensor:
+    """The summed squared and absolute error of each forecast.  (B, P, C) twice -> (B, 2)"""
+    prediction = logits[0] if isinstance(logits, tuple) else logits
+    error = prediction.double() - labels.double()
+    return torch.stack([error.square().sum(dim=(1, 2)), error.abs().sum(dim=(1, 2))], dim=1)
+
+
+def forecast_metrics(prediction: EvalPrediction, *, metrics: Sequence[str]) -> dict[str, float]:
+    """The named metrics of all forecasts, over all steps and channels alike."""
+    sums = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
+    count = int(np.prod(np.shape(prediction.label_ids)))
+    result: dict[str, float] = {}
+    for name in metrics:
+        result |= load_metric(name).compute(error=[sums[METRICS.index(name)]], count=[count])
+    return result
+
+
+def _check(recipe) -> None:
+    for name in recipe.report.metrics:
+        if name not in METRICS:
+            raise ValueError(
+                f"`report.metrics` of forecasting are of {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}"
+            )
+    if recipe.report.compressors:
+        raise ValueError("`report.compressors` is for language_modeling; leave it out")
+    if recipe.tokenizer is not None:
+        raise ValueError("section `[tokenizer]` is for text; forecasting reads numbers, leave it out")

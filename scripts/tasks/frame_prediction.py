@@ -1,0 +1,138 @@
+"""Frame prediction: the labels of each frame from the frames before it, such as the notes of a piece of music."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import AutoModelForAudioFrameClassification, EvalPrediction
+
+from modeling_rtransformer.configuration_rtransformer import nearest
+from scripts.metrics import load_metric
+from scripts.sources.piano_roll import key_names
+from scripts.tasks.prepared import Prepared
+
+
+METRICS = ("nats_per_frame",)
+IGNORED = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """
+    Args:
+        window: cut the training pieces into rows of so many predicted frames; whole pieces if left out. Pieces are
+            scored whole.
+        loss: `mean` over all labels of a batch, or their `sum`, which weighs a batch by its length: the learning rate
+            of the one is not that of the other.
+    """
+
+    name: str
+    window: int | None = None
+    loss: Literal["mean", "sum"] = "mean"
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"`task.window` must be at least 1, or left out for whole pieces, got {self.window}")
+
+
+class Frames(Dataset):
+    """Rows of frames, each with the frame that follows as its label: a row of N frames predicts N - 1."""
+
+    def __init__(self, pieces: Sequence[np.ndarray], window: int | None = None):
+        self.pieces = pieces
+        self.rows = [  # (piece, first frame, frame after the last)
+            (index, start, min(start + (window or len(piece)), len(piece) - 1) + 1)
+            for index, piece in enumerate(pieces)
+            for start in range(0, len(piece) - 1, window or len(piece))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        piece, start, end = self.rows[index]
+        return self.pieces[piece][start:end]  # (frames, keys)
+
+
+def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
+    """Cut the pieces into rows."""
+    _check(recipe)
+    pieces = recipe.load_data().with_format("numpy")
+    names = key_names()
+    datasets = {
+        split: Frames([row["values"] for row in pieces[split]], recipe.task.window if split == "train" else None)
+        for split in splits
+    }
+    return Prepared(
+        auto_class=AutoModelForAudioFrameClassification,
+        config_values={
+            "num_input_features": len(names),
+            "problem_type": "multi_label_classification",
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+        },
+        datasets=datasets,
+        monitor=datasets.get("validation"),
+        tokenizer=None,
+        collator=pad_frames,
+        reduce_logits=row_nll,
+        compute_metrics=partial(frame_metrics, metrics=recipe.report.metrics),
+        compute_loss=summed_loss if recipe.task.loss == "sum" else None,
+    )
+
+
+def pad_frames(rows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+    """A batch of rows: all frames but the last as input, all but the first as labels, padded at the end."""
+    longest, keys = max(len(row) for row in rows) - 1, rows[0].shape[1]
+    values = torch.zeros(len(rows), longest, keys)
+    labels = torch.full((len(rows), longest, keys), IGNORED, dtype=torch.int8)  # a whole split's are kept at once
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        frames = torch.from_numpy(np.ascontiguousarray(row))
+        values[index, : len(row) - 1] = frames[:-1]
+        labels[index, : len(row) - 1] = frames[1:]
+        mask[index, : len(row) - 1] = 1
+    return {"input_values": values, "attention_mask": mask, "labels": labels}
+
+
+def row_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Summed negative log likelihood, in nats, of the scored frames of each row.  (B, T, keys) twice -> (B,)"""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    scored = labels != IGNORED
+    nll = F.binary_cross_entropy_with_logits(logits.float(), torch.where(scored, labels, 0).float(), reduction="none")
+    return (nll * scored).double().sum(dim=(1, 2))
+
+
+def summed_loss(outputs, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+    """The loss for `Trainer` whose learning rate belongs to the sum over all frames and labels."""
+    return row_nll(outputs.logits, labels).float().sum()
+
+
+def frame_metrics(prediction: EvalPrediction, *, metrics: Sequence[str]) -> dict[str, float]:
+    """Metrics from the summed likelihoods of the rows and the labels they belong to."""
+    frames = int((prediction.label_ids[..., 0] != IGNORED).sum())
+    nll = np.asarray(prediction.predictions, dtype=np.float64).sum()
+    result: dict[str, float] = {}
+    for name in metrics:
+        result |= load_metric(name).compute(nll=[nll], count=[frames])
+    return result
+
+
+def _check(recipe) -> None:
+    for name in recipe.report.metrics:
+        if name not in METRICS:
+            raise ValueError(
+                f"`report.metrics` of frame_prediction are of {', '.join(METRICS)}, got {name!r}"
+                f"{nearest(name, METRICS)}"
+            )
+    if recipe.report.compressors:
+        raise ValueError("`report.compressors` is for language_modeling; leave it out")
+    if recipe.tokenizer is not None:
+        raise ValueError("section `[tokenizer]` is for text; frame_prediction reads numbers, leave it out")
+    if not recipe.config().is_causal:
+        raise ValueError("`is_causal` must be True for frame_prediction: a model that sees the next frame copies it")

@@ -1,0 +1,137 @@
+"""The head that forecasts: shapes, the reversible norm, padding, channels one by one, and what is refused."""
+
+import pytest
+import torch
+from transformers import AutoModelForTimeSeriesPrediction
+
+from modeling_rtransformer import RTransformerConfig, RTransformerForTimeSeriesPrediction
+from tests.conftest import tiny_config
+
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CHANNELS, STEPS = 3, 4
+
+
+def forecaster(variant="gru-and-rsa", **fields):
+    fields = {"num_input_features": CHANNELS, "prediction_length": STEPS, "instance_norm": "reversible", **fields}
+    return RTransformerForTimeSeriesPrediction(tiny_config(variant, **fields)).eval()
+
+
+@pytest.mark.parametrize("instance_norm", ["none", "reversible"])
+def test_the_loss_is_the_mean_squared_error(variant, instance_norm):
+    model = forecaster(variant, instance_norm=instance_norm)
+    past, future = torch.randn(2, 17, CHANNELS), torch.randn(2, STEPS, CHANNELS)
+    output = model(past_values=past, future_values=future)
+    assert output.prediction_outputs.shape == future.shape
+    torch.testing.assert_close(output.loss, (output.prediction_outputs - future).square().mean())
+    assert model(past_values=past).loss is None
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("independent", [False, True], ids=["together", "independent"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_change_the_forecast(variant, side, independent, is_causal):
+    features = 1 if independent else CHANNELS
+    model = forecaster(
+        variant, channel_independent=independent, num_input_features=features, is_causal=is_causal
+    ).double()
+    rows = [torch.randn(n, CHANNELS, dtype=torch.float64) for n in (9, 17)]
+    past, mask = 5 * torch.randn(2, 17, CHANNELS, dtype=torch.float64), torch.ones(2, 17, dtype=torch.long)
+    for index, row in enumerate(rows):
+        place = slice(17 - len(row), None) if side == "left" else slice(0, len(row))
+        mask[index] = 0
+        past[index, place], mask[index, place] = row, 1
+    together = model(past_values=past, attention_mask=mask).prediction_outputs
+    for index, row in enumerate(rows):
+        torch.testing.assert_close(together[index], model(past_values=row[None]).prediction_outputs[0], **CLOSE)
+
+
+def test_the_reversible_norm_follows_level_and_scale_of_each_channel():
+    model = forecaster().double()
+    past = torch.randn(2, 17, CHANNELS, dtype=torch.float64)
+    scale, shift = torch.tensor([2.0, 0.5, 30.0]).double(), torch.tensor([-7.0, 0.0, 400.0]).double()
+    before, after = (model(past_values=x) for x in (past, past * scale + shift))
+    torch.testing.assert_close(
+        after.prediction_outputs, before.prediction_outputs * scale + shift, rtol=1e-3, atol=1e-3
+    )
+    torch.testing.assert_close(before.loc, past.mean(1, keepdim=True))
+    torch.testing.assert_close(before.scale, (past.var(1, keepdim=True, unbiased=False) + 1e-5).sqrt())
+    plain = forecaster(instance_norm="none").double()
+    assert not torch.allclose(
+        plain(past_values=past + 5).prediction_outputs, plain(past_values=past).prediction_outputs + 5
+    )
+
+
+def test_a_past_that_does_not_change_has_a_finite_forecast_and_gradient():
+    model = forecaster().train()
+    model(past_values=torch.full((1, 9, CHANNELS), 3.0), future_values=torch.ones(1, STEPS, CHANNELS)).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_independent_channels_do_not_see_each_other_and_share_their_weights(variant):
+    model = forecaster(variant, channel_independent=True, num_input_features=1).double()
+    past = torch.randn(2, 17, 5, dtype=torch.float64)
+    together = model(past_values=past).prediction_outputs
+    for channel in range(5):
+        alone = model(past_values=past[..., channel : channel + 1]).prediction_outputs
+        torch.testing.assert_close(together[..., channel : channel + 1], alone, **CLOSE)
+    mixed = forecaster(variant).double()
+    changed = past[..., :3].clone()
+    changed[..., 1] = changed[..., 1].flip(1)
+    first = [mixed(past_values=x).prediction_outputs[..., 0] for x in (past[..., :3], changed)]
+    assert not torch.allclose(*first)
+
+
+def test_every_parameter_learns(variant):
+    model = forecaster(variant, is_causal=False).train()
+    model(past_values=torch.randn(2, 9, CHANNELS), future_values=torch.randn(2, STEPS, CHANNELS)).loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_a_saved_model_is_loaded_by_its_auto_class(variant, tmp_path):
+    model = forecaster(variant)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForTimeSeriesPrediction.from_pretrained(tmp_path)
+    assert type(loaded) is RTransformerForTimeSeriesPrediction and loaded.main_input_name == "past_values"
+    past = torch.randn(2, 9, CHANNELS)
+    assert torch.equal(loaded(past_values=past).prediction_outputs, model(past_values=past).prediction_outputs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prediction_length": None}, "`prediction_length` must be at least 1 for a model that forecasts, got None"),
+        ({"num_input_features": None}, "`num_input_features` must be at least 1 for a model that forecasts, got None"),
+        ({"prediction_length": 0}, "`prediction_length` must be at least 1, or None .* got 0"),
+        ({"instance_norm": "revin"}, "`instance_norm` must be one of none, reversible, got 'revin'"),
+        ({"channel_independent": True}, "`num_input_features` must be 1 with `channel_independent`, got 3"),
+    ],
+)
+def test_a_wrong_config_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        forecaster(**fields)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"past_values": torch.ones(2, 9, 4)}, r"\(batch, length, `num_input_features` = 3\), got \(2, 9, 4\)"),
+        ({"past_values": torch.ones(2, 9)}, r"`past_values` must have the shape .* got \(2, 9\)"),
+        ({"past_values": torch.ones(2, 0, 3)}, r"`past_values` must have the shape .* got \(2, 0, 3\)"),
+        (
+            {"past_values": torch.ones(2, 9, 3), "attention_mask": torch.ones(2, 8)},
+            r"`attention_mask` must have the shape \(batch, length\) = \(2, 9\), got \(2, 8\)",
+        ),
+        (
+            {"past_values": torch.ones(2, 9, 3), "future_values": torch.ones(2, 5, 3)},
+            r"`future_values` must have .* `prediction_length`, channels\) = \(2, 4, 3\), got \(2, 5, 3\)",
+        ),
+    ],
+)
+def test_input_of_another_shape_is_refused(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        forecaster()(**inputs)
+
+
+def test_a_config_without_a_horizon_is_that_of_every_other_head():
+    assert RTransformerConfig().prediction_length is None
