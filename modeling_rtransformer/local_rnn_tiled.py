@@ -13,6 +13,7 @@ The readable twin is `local_rnn_plain` in local_rnn.py.
 
 # R rows of a tile (T positions of S sequences, time first), D hidden size, G gates, K window
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 # Rows a tile: so many elements in a buffer of width D, which caches hold, and rows enough for the products to run well.
 TILE_ELEMENTS = 2**17
-TILE_ROWS = 512
+TILE_ROWS = 256
 
 
 def sigmoid_backward_(grad: torch.Tensor, output: torch.Tensor) -> None:
@@ -45,15 +46,15 @@ class Gates(NamedTuple):
     @classmethod
     def each_step(cls, gates: torch.Tensor, size: int) -> list["Gates"]:
         """From gates of all steps `(K, R, G D)`."""
-        return cls.of_blocks(gates[..., :-size], gates[..., -size:], size)
+        return cls.of_blocks(gates[..., :-size], gates[..., -size:].unbind(), size)
 
     @classmethod
-    def of_blocks(cls, sigmoids: torch.Tensor, new: torch.Tensor, size: int) -> list["Gates"]:
-        """From `(K, R, (G - 1) D)` and `(K, R, D)`."""
+    def of_blocks(cls, sigmoids: torch.Tensor, new: Sequence[torch.Tensor], size: int) -> list["Gates"]:
+        """From `(K, R, (G - 1) D)` and K times `(R, D)`."""
         parts = [part.unbind() for part in sigmoids.split(size, dim=-1)]
         if sigmoids.shape[-1] == 0:
             parts = []
-        return [cls(*step[:2], step[2:]) for step in zip(sigmoids.unbind(), new.unbind(), *parts)]
+        return [cls(*step[:2], step[2:]) for step in zip(sigmoids.unbind(), new, *parts)]
 
 
 class Cell:
@@ -91,10 +92,17 @@ class Cell:
         span = [slice(gate * self.size, (gate + 1) * self.size) for gate in range(len(self.order))]
         return [(span[there], span[here]) for here, there in enumerate(self.order)]
 
-    def kept(self, flat: torch.Tensor, rows: int) -> list[Gates]:
-        """What is kept of each step, in `(K, R G D)`: two blocks, each without gaps, since tanh is slow on columns."""
-        sigmoids, new = flat.split([flat.shape[1] - rows * self.size, rows * self.size], dim=1)
-        return Gates.of_blocks(sigmoids.view(len(flat), rows, -1), new.view(len(flat), rows, self.size), self.size)
+    def kept_size(self, steps: int, rows: int) -> int:
+        return steps * rows * len(self.weight)
+
+    def kept(self, flat: torch.Tensor, steps: int, rows: int) -> list[Gates]:
+        """What is kept of each step, in a flat buffer: sigmoids and new gates apart, since tanh is slow on columns."""
+        sigmoids = steps * rows * (len(self.weight) - self.size)
+        new = flat[sigmoids:].view(-1, rows, self.size)
+        return Gates.of_blocks(flat[:sigmoids].view(steps, rows, -1), self.new_of_steps(new), self.size)
+
+    def new_of_steps(self, new: torch.Tensor) -> Sequence[torch.Tensor]:
+        return new.unbind()
 
     def hidden(self, kept: Gates, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return states[-1]
@@ -124,10 +132,15 @@ class GruCell(Cell):
         self.input_bias = self.bias.clone()
         self.input_bias[-self.size :] = 0
 
+    def kept_size(self, steps, rows):  # of the first step W_h h + b_h is b_h
+        return super().kept_size(steps, rows) - rows * self.size
+
+    def new_of_steps(self, new):
+        return [self.new_bias.expand(new.shape[1], -1), *new.unbind()]
+
     def activate(self, inputs, recurrent, kept):
         if recurrent is None:
             torch.sigmoid(inputs.sigmoids, out=kept.sigmoids)
-            kept.new.copy_(self.new_bias)
         else:
             torch.sigmoid(recurrent.sigmoids.add_(inputs.sigmoids), out=kept.sigmoids)
             torch.add(recurrent.new, self.new_bias, out=kept.new)
@@ -326,15 +339,17 @@ class TiledLocalRnn(torch.autograd.Function):
         kept_tiles = []
         for tile in make_tiles(batch, length, size):
             inputs = TileInputs(workspace, tile, window, cell, projected, segment_ids, zero_input)
+            kept_steps = window if keep else 3  # without a backward pass the first, and two by turns
+            kept_size = cell.kept_size(kept_steps, tile.rows)
             if keep:
-                kept_tiles.append(projected.new_empty(window, tile.rows * len(weight)))
-            kept = cell.kept(kept_tiles[-1] if keep else workspace("kept", 2, tile.rows * len(weight)), tile.rows)
+                kept_tiles.append(projected.new_empty(kept_size))
+            kept = cell.kept(kept_tiles[-1] if keep else workspace("kept", kept_size), kept_steps, tile.rows)
             states = [step.unbind() for step in workspace("states", 2, cell.num_states, tile.rows, size)]
             product = workspace("product", tile.rows, len(weight))
             (recurrent,) = Gates.each_step(product[None], size)
             before = hidden = None
             for step in range(window):
-                now, after = kept[step % len(kept)], states[step % 2]
+                now, after = kept[step if keep or step < 3 else 1 + (step - 1) % 2], states[step % 2]
                 if step:
                     torch.mm(hidden, cell.weight.T, out=product)
                 cell.activate(inputs.steps[step], recurrent if step else None, now)
@@ -359,7 +374,7 @@ class TiledLocalRnn(torch.autograd.Function):
         grad_bias, grad_zero_input = (torch.zeros_like(bias, dtype=torch.float64) for _ in range(2))
         for tile, kept in zip(make_tiles(batch, length, size), kept_tiles):
             inputs = TileInputs(workspace, tile, window, cell, projected, segment_ids, zero_input)
-            kept = cell.kept(kept, tile.rows)
+            kept = cell.kept(kept, window, tile.rows)
             states = [step.unbind() for step in workspace("states", window, cell.num_states, tile.rows, size)]
             for step in range(window):
                 cell.advance(inputs.steps[step], kept[step], states[step - 1] if step else None, states[step])

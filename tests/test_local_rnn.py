@@ -143,7 +143,7 @@ def test_the_tiled_form_takes_nothing_but_the_gates_of_each_step(rnn_type):
         local_rnn(projected)
     gates = local_rnn.recurrent_proj.out_features
     parameters = sum(parameter.numel() for parameter in local_rnn.recurrent_proj.parameters())
-    assert kept <= projected.numel() + parameters + 2 * 100 * 5 * gates
+    assert kept <= projected.numel() + parameters + 2 * 100 * (5 * gates - 8 * (rnn_type == "gru"))
 
 
 def test_large_inputs_on_a_cpu_are_tiled_and_whatever_needs_plain_operations_gets_them():
