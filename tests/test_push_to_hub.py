@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -312,6 +313,19 @@ def test_what_is_no_model_of_ours_is_refused(hub, tmp_path):
         run(tmp_path / "model", "some one/tiny")
 
 
+@pytest.fixture
+def pushes_in_turn(monkeypatch):
+    """Trainer pushes while it trains on; here each push ends first, so that what is pushed does not hang on the clock."""
+
+    def run_now(self, function, *arguments, **options):
+        future = Future()
+        future.set_result(function(*arguments, **options))
+        return future
+
+    monkeypatch.setattr(HfApi, "run_as_future", run_now)
+
+
+@pytest.mark.usefixtures("pushes_in_turn")
 def test_training_with_push_to_hub_carries_the_code_and_no_pickle_from_the_first_push_on(hub, checkpoint, tmp_path):
     recipe = write_recipe(tmp_path, LANGUAGE_MODELING, write_text(tmp_path))
     pushing = {"push_to_hub": "true", "hub_model_id": "someone/live", "hub_always_push": "true"}
@@ -328,6 +342,7 @@ def test_training_with_push_to_hub_carries_the_code_and_no_pickle_from_the_first
     assert not any(WRITE_TOKEN.encode() in content for content in commits[-1].files.values())
 
 
+@pytest.mark.usefixtures("pushes_in_turn")
 def test_whole_checkpoints_with_their_optimizer_are_never_pushed(hub, tmp_path):
     recipe = write_recipe(tmp_path, LANGUAGE_MODELING, write_text(tmp_path))
     pushing = {"push_to_hub": "true", "hub_model_id": "someone/live", "hub_strategy": "all_checkpoints"}
