@@ -35,13 +35,14 @@ class HubFilesCallback(TrainerCallback):
     code, and nothing but [`HUB_FILES`].
 
     What is left out is said in a `.gitignore` in the output folder, to which `huggingface_hub` keeps: no pickle, so no
-    optimizer state either, and no data that happen to lie there.
+    optimizer state either, and no data that happen to lie there. It is pushed itself, since the Hub goes by the one in
+    the repository when `Trainer` pushes a whole checkpoint into a folder of its own.
     """
 
     def on_push_begin(self, args, state, control, **kwargs):
         folder = Path(args.output_dir)
         save_code(folder)
-        lines = ["/*", *(f"!/{pattern}" for pattern in HUB_FILES)]
+        lines = ["/*", "!/.gitignore", *(f"!/{pattern}" for pattern in HUB_FILES)]
         (folder / ".gitignore").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -315,7 +315,7 @@ def test_what_is_no_model_of_ours_is_refused(hub, tmp_path):
 
 @pytest.fixture
 def pushes_in_turn(monkeypatch):
-    """Trainer pushes while it trains on; here each push ends first, so that what is pushed does not hang on the clock."""
+    """Trainer pushes while it trains on; here each push ends first, so that the clock does not say what is pushed."""
 
     def run_now(self, function, *arguments, **options):
         future = Future()
@@ -358,7 +358,7 @@ def test_the_callback_keeps_to_the_list(tmp_path):
 
     HubFilesCallback().on_push_begin(TrainingArguments(output_dir=str(tmp_path)), None, None)
     lines = (tmp_path / ".gitignore").read_text().splitlines()
-    assert lines[0] == "/*" and lines[1:] == [f"!/{pattern}" for pattern in HUB_FILES]
+    assert lines[0] == "/*" and lines[1:] == [f"!/{pattern}" for pattern in (".gitignore", *HUB_FILES)]
     assert (tmp_path / "modeling_rtransformer.py").read_bytes() == (PACKAGE / "modeling_rtransformer.py").read_bytes()
 
 
