@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a test th
 import huggingface_hub
 import pytest
 import torch
+import transformers.utils.hub
 from huggingface_hub import constants
 
 from modeling_rtransformer import RTransformerConfig
@@ -71,6 +72,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)  # it would keep to the Hub of an earlier test
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
