@@ -145,7 +145,9 @@ class Handler(BaseHTTPRequestHandler):
             self.rfile.read(length // 2)  # broken off half-way through what the client sends
             self.close_connection = True
             if fault.status is not None:
-                self.answer(fault.status, {"error": f"made to fail with {fault.status}"}, **fault.headers)
+                # Without being told, the client would send its next request into the connection that is closing.
+                headers = {"Connection": "close", **fault.headers}
+                self.answer(fault.status, {"error": f"made to fail with {fault.status}"}, **headers)
                 self.wfile.flush()
                 self.rfile.read(length - length // 2)  # unread, it would reset the connection before the answer is seen
             return
