@@ -24,15 +24,22 @@ from .modeling_rtransformer import RTransformerModel, RTransformerPreTrainedMode
 IGNORED = -100  # the label of what is not scored, as everywhere in Transformers
 
 
+def real_positions(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """`(B, T)`, bool: which positions of this call are real, as a mask of two dimensions says; None without one."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -length:].bool()
+
+
 def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, is_causal: bool) -> torch.Tensor:
     """
     `(B, D)` from `(B, T, D)`: the last real position of a causal model, the mean over the real ones of a bidirectional
     one. What is real is said by a mask of two dimensions; all positions are without one.
     """
     batch, length = hidden_states.shape[:2]
-    real = torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
-    if attention_mask is not None and attention_mask.dim() == 2:
-        real = attention_mask[:, -length:].bool()
+    real = real_positions(attention_mask, length)
+    if real is None:
+        real = torch.ones(batch, length, dtype=torch.bool, device=hidden_states.device)
     if is_causal:
         last = (torch.arange(length, device=hidden_states.device) * real).argmax(-1)
         return hidden_states[torch.arange(batch, device=hidden_states.device), last]
@@ -249,9 +256,9 @@ class RTransformerForAudioFrameClassification(RTransformerPreTrainedModel):
         count: torch.Tensor | int | None,
     ) -> torch.Tensor:
         scored = labels != IGNORED
-        if attention_mask is not None and attention_mask.dim() == 2:
-            real = attention_mask[:, -logits.shape[1] :].bool().to(labels.device)
-            scored = scored & real.view(*real.shape, *[1] * (labels.dim() - 2))
+        real = real_positions(attention_mask, logits.shape[1])
+        if real is not None:
+            scored = scored & real.to(labels.device).view(*real.shape, *[1] * (labels.dim() - 2))
         if labels.dim() == 3:
             targets = torch.where(scored, labels, 0).float()
             losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")

@@ -349,7 +349,7 @@ class TiledLocalRnn(torch.autograd.Function):
             (recurrent,) = Gates.each_step(product[None], size)
             before = hidden = None
             for step in range(window):
-                now, after = kept[step if keep or step < 3 else 1 + (step - 1) % 2], states[step % 2]
+                now, after = kept[step if keep or step == 0 else 2 - step % 2], states[step % 2]
                 if step:
                     torch.mm(hidden, cell.weight.T, out=product)
                 cell.activate(inputs.steps[step], recurrent if step else None, now)
