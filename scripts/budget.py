@@ -1,4 +1,4 @@
-"""A time budget for training: when to stop, and how the learning rate comes down by then."""
+"""A time budget for training: when to stop, and how the learning rate comes down by then, or by steps."""
 
 import time
 
@@ -61,3 +61,23 @@ class TimeBudget(TrainerCallback, ExportableState):
 
     def on_log(self, args, state, control, **kwargs):
         state.log_history[-1]["seconds"] = round(self.seconds, 2)
+
+
+class EpochDrops(TrainerCallback):
+    """
+    Multiplies the learning rate that the schedule gives by `factor` after every `epochs` epochs.
+
+    Args:
+        epochs: None for never.
+    """
+
+    def __init__(self, epochs: int | None, factor: float) -> None:
+        self.epochs, self.factor = epochs, factor
+
+    def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
+        if self.epochs is not None:
+            steps = state.max_steps / args.num_train_epochs * self.epochs
+            lr_scheduler.lr_lambdas = [self._dropped(factor, steps) for factor in lr_scheduler.lr_lambdas]
+
+    def _dropped(self, factor, steps: float):
+        return lambda step: factor(step) * self.factor ** int(step / steps)

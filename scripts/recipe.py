@@ -10,6 +10,7 @@ A recipe is read into frozen dataclasses that refuse what they do not know, nami
 | `[data]` | `source`, one of `scripts/sources/`, and the fields of that source's `Options` |
 | `[tokenizer]` | [`scripts.tokenization.Options`]; left out where the input is numbers |
 | `[training]` | any field of `transformers.TrainingArguments` except `output_dir`, over [`TRAINING_DEFAULTS`] |
+| `[schedule]` | [`Schedule`]; mostly left out: the schedule is `training.lr_scheduler_type` |
 | `[budget]` | [`Budget`] |
 | `[report]` | [`Report`] |
 """
@@ -38,7 +39,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
-SECTIONS = ("task", "data", "tokenizer", "training", "budget", "report")
+SECTIONS = ("task", "data", "tokenizer", "training", "schedule", "budget", "report")
 
 # Written into every saved config by Transformers, so a saved model's config.json is a recipe's config.json too.
 CONFIG_EXTRAS = ("model_type", "architectures", "transformers_version", "auto_map", "dtype", "_name_or_path")
@@ -78,6 +79,26 @@ class Budget:
 
 
 @dataclasses.dataclass(frozen=True)
+class Schedule:
+    """
+    What Transformers' learning rate schedules lack.
+
+    Args:
+        drop_every_epochs: multiply the rate by `drop_factor` after each so many epochs; never if left out.
+        drop_factor: above 0 and below 1.
+    """
+
+    drop_every_epochs: int | None = None
+    drop_factor: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.drop_every_epochs is not None and self.drop_every_epochs < 1:
+            raise ValueError(f"`schedule.drop_every_epochs` must be at least 1, got {self.drop_every_epochs}")
+        if not 0 < self.drop_factor < 1:
+            raise ValueError(f"`schedule.drop_factor` must be above 0 and below 1, got {self.drop_factor}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """
     What the result tells.
@@ -101,6 +122,7 @@ class Recipe:
     data: Any
     tokenizer: TokenizerOptions | None
     training: Mapping[str, Any]
+    schedule: Schedule
     budget: Budget
     report: Report
     sections: Mapping[str, Mapping[str, Any]]
@@ -157,6 +179,7 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         data=_read(_chosen(sections, "data", "source", SOURCES).Options, sections["data"], "data"),
         tokenizer=None if tokenizer is None else _read(TokenizerOptions, tokenizer, "tokenizer"),
         training={**TRAINING_DEFAULTS, **_check_training(sections.get("training", {}))},
+        schedule=_read(Schedule, sections.get("schedule", {}), "schedule"),
         budget=_read(Budget, sections.get("budget", {}), "budget"),
         report=_read(Report, sections["report"], "report"),
         sections=sections,

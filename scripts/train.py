@@ -31,7 +31,7 @@ from collections.abc import Iterator
 
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
-from scripts.budget import TimeBudget
+from scripts.budget import EpochDrops, TimeBudget
 from scripts.checkpoints import newest_complete, put_in_place, restore_callbacks
 from scripts.hub_upload import PushError
 from scripts.push_to_hub import push
@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
     set_seed(args.seed)
     model = prepared.auto_class.from_config(config)
     budget = TimeBudget(recipe.budget.max_seconds)
-    callbacks = [budget]
+    callbacks = [EpochDrops(recipe.schedule.drop_every_epochs, recipe.schedule.drop_factor), budget]
     if recipe.budget.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(recipe.budget.early_stopping_patience))
     if checkpoint is not None:

@@ -22,7 +22,7 @@ class Windows(Dataset):
         stream: ids of all documents, one after another.  (N,)
         window: tokens W of a row; the whole stream is one row if it is shorter.
         stride: tokens between the beginnings of two rows, at most W - 1.
-        score_once: True for scoring, False for training.
+        score_once: a label for what no earlier row has predicted alone; False for all labels in every row.
     """
 
     def __init__(self, stream: np.ndarray, *, window: int, stride: int, score_once: bool) -> None:

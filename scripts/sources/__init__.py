@@ -6,7 +6,16 @@ A source has `Options`, a frozen dataclass of its settings in `[data]`, and `loa
 `values` for a sequence that is its own label; any names for the channels of a series, one row a time step.
 """
 
-from scripts.sources import digits, files, hub, piano_roll, stdlib_code, time_series
+from scripts.sources import (
+    digits,
+    files,
+    hub,
+    mnist,
+    penn_treebank,
+    piano_roll,
+    stdlib_code,
+    time_series,
+)
 
 
 SOURCES = {
@@ -14,6 +23,8 @@ SOURCES = {
     "digits": digits,
     "files": files,
     "hub": hub,
+    "mnist": mnist,
+    "penn_treebank": penn_treebank,
     "piano_roll": piano_roll,
     "time_series": time_series,
 }

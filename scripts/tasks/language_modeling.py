@@ -37,6 +37,7 @@ class Options:
     Args:
         window: tokens of a training row; a row predicts all of them but its first.
         stride: tokens between the beginnings of two training rows; `window - 1` if left out: each is predicted once.
+        train_once: with a smaller stride too, each token is predicted in one row alone, the first that has it.
         eval_window, eval_stride: the same for scoring, where a token is scored only in the first row that predicts it;
             a smaller stride gives more context to each. `window` and half of it if left out.
         max_eval_rows: rows scored at an evaluation during training, spread over the split; all if left out.
@@ -45,6 +46,7 @@ class Options:
     name: str
     window: int = 256
     stride: int | None = None
+    train_once: bool = False
     eval_window: int | None = None
     eval_stride: int | None = None
     max_eval_rows: int | None = None
@@ -62,7 +64,8 @@ class Options:
     def windows(self, stream: np.ndarray, *, training: bool) -> Windows:
         """The rows of one split."""
         if training:
-            return Windows(stream, window=self.window, stride=self.stride or self.window - 1, score_once=False)
+            stride = self.stride or self.window - 1
+            return Windows(stream, window=self.window, stride=stride, score_once=self.train_once)
         window = self.eval_window or self.window
         return Windows(stream, window=window, stride=self.eval_stride or window // 2, score_once=True)
 
