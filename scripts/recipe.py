@@ -155,22 +155,24 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         recipe: a folder of `configuration/` by name, or the path of any folder with the two files.
-        overrides: `section.key=value` in TOML, where a bare word is a string and the section `model` is `config.json`.
+        overrides: `section.key=value` in TOML, where a bare word is a string and the section `model` is `config.json`;
+            `model={model_type = "recurrent", ...}` replaces the whole of `config.json`.
 
     Raises:
         ValueError, FileNotFoundError: the recipe is no such folder, a file is missing or cannot be parsed, or a
             key or value is not valid; with the key, the value and the remedy.
     """
-    folder = _folder(recipe)
-    model = _parse(folder / "config.json", json.loads)
-    sections = _parse(folder / "training.toml", tomllib.loads)
+    folder = recipe_folder(recipe)
+    model = parse_file(folder / "config.json", json.loads)
+    described = model.get("model_type")
+    sections = parse_file(folder / "training.toml", tomllib.loads)
     for override in overrides:
         _override(override, model, sections)
     _refuse_unknown(sections, SECTIONS, "section `[{}]` of training.toml is not known")
     for section in ("task", "data", "report"):
         if section not in sections:
             raise ValueError(f"section `[{section}]` is missing from {folder / 'training.toml'}")
-    _check_model(model)
+    _check_model(model, described)
     tokenizer = sections.get("tokenizer")
     recipe = Recipe(
         name=folder.name,
@@ -189,7 +191,8 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
-def _folder(recipe: str | Path) -> Path:
+def recipe_folder(recipe: str | Path) -> Path:
+    """The folder of a recipe, given by its name or its path."""
     named = CONFIGURATION / recipe
     folder = named if named.is_dir() else Path(recipe)
     if not folder.is_dir():
@@ -204,7 +207,8 @@ def _folder(recipe: str | Path) -> Path:
     return folder.resolve()
 
 
-def _parse(path: Path, loads) -> dict[str, Any]:
+def parse_file(path: Path, loads) -> dict[str, Any]:
+    """What `loads` makes of a file, whose name is in the error if it cannot be read."""
     try:
         return loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
@@ -214,13 +218,18 @@ def _parse(path: Path, loads) -> dict[str, Any]:
 def _override(override: str, model: dict[str, Any], sections: dict[str, Any]) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
-    if not (equals and dot and name):
+    if not (equals and (dot and name or key.strip() == "model")):
         raise ValueError(f"--set {override!r} must read section.key=value, such as training.learning_rate=1e-3")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text.strip()  # a bare word
-    if section == "model":
+    if not dot:
+        if not isinstance(value, dict):
+            raise ValueError(f'--set {override!r} must be a table, such as model={{model_type = "recurrent"}}')
+        model.clear()
+        model.update(value)
+    elif section == "model":
         model[name] = value
     else:
         _refuse_unknown([section], ("model", *SECTIONS), "--set names the section `{}`, which is not known")
@@ -267,13 +276,16 @@ def _check_training(values: Mapping[str, Any]) -> Mapping[str, Any]:
     return values
 
 
-def _check_model(values: Mapping[str, Any]) -> None:
+def _check_model(values: Mapping[str, Any], described: str | None) -> None:
     if values.get("model_type") not in CONFIG_MAPPING:
         raise ValueError(
             f"`model_type` of config.json must be a model type of Transformers, got {values.get('model_type')!r}"
         )
     fields = CONFIG_MAPPING[values["model_type"]].__dataclass_fields__
-    _refuse_unknown(values, [*fields, *CONFIG_EXTRAS], "`model.{}` is not a field of the model's config")
+    message = "`model.{}` is not a field of the model's config"
+    if values["model_type"] != described:  # what is left of config.json belongs to another type
+        message += f"; config.json describes {described}, --set 'model={{{{model_type = ...}}}}' replaces all of it"
+    _refuse_unknown(values, [*fields, *CONFIG_EXTRAS], message)
 
 
 def _check_types(fields: Mapping[str, dataclasses.Field], values: Mapping[str, Any], section: str) -> None:

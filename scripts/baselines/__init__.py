@@ -1,6 +1,18 @@
-"""Simple models that a recipe can train in place of ours, by the same `Trainer` on the same data, to compare with."""
+"""
+Simple models that a recipe can train in place of ours, by the same `Trainer` on the same data, to compare with.
 
+| `model_type` | what it is |
+|---|---|
+| `recurrent` | RNN, GRU or LSTM, stacked |
+| `tcn` | a temporal convolutional network |
+| `toeplitz` | our block with a learned Toeplitz matrix where a REM would be |
+| `linear_forecaster` | NLinear or DLinear, for forecasts |
+
+A plain Transformer, R-Transformer and RSA are settings of `rtransformer` itself.
+"""
+
+from scripts.baselines import recurrent, tcn, toeplitz
 from scripts.baselines.linear_forecaster import LinearForecaster, LinearForecasterConfig
 
 
-__all__ = ["LinearForecaster", "LinearForecasterConfig"]
+__all__ = ["LinearForecaster", "LinearForecasterConfig", "recurrent", "tcn", "toeplitz"]

@@ -1,0 +1,144 @@
+"""
+A learned Toeplitz matrix in place of the REM: the control of the RSA paper, which asks whether an RSA head gains from
+recurrence or from any learned preference for distances.
+
+    head(x) = [(1 - gate) * softmax(Q K' / sqrt(d)) + gate * P] V,    P[i, j] = weight[i - j]  for i > j, else 0
+
+with one weight for each distance from 1 to `max_length` - 1 and head, where a REM has one or two for all distances. All
+else is our block: the heads, layers and the gate that `rem_kinds`, `rem_layers` and `rem_gate` name.
+
+Source: Huang et al. 2023, "Encoding Recurrence into Transformers" (ICLR 2023), the ablation on text8.
+"""
+
+# B batch, H attention heads, R heads with a Toeplitz matrix, T queries, L keys, d head size
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForAudioFrameClassification,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
+
+from modeling_rtransformer import (
+    RTransformerConfig,
+    RTransformerForAudioFrameClassification,
+    RTransformerForCausalLM,
+    RTransformerForSequenceClassification,
+)
+
+
+@strict
+class ToeplitzConfig(RTransformerConfig):
+    """
+    Args:
+        max_length: the longest sequence there are weights for; a longer one is refused. The rest is in
+            [`RTransformerConfig`]; of `rem_kinds` it matters only which heads have one.
+
+    Raises:
+        ValueError: besides [`RTransformerConfig`]'s, no head has a matrix, or the model is not causal.
+    """
+
+    model_type = "toeplitz"
+    _auto_class = None  # the code stays here
+
+    max_length: int = 512
+
+    def __post_init__(self, **kwargs) -> None:
+        kwargs.setdefault("auto_map", {})
+        super().__post_init__(**kwargs)
+        if self.max_length < 2:
+            raise ValueError(f"`max_length` must be at least 2, got {self.max_length}")
+        if not self.is_causal:
+            raise ValueError("`is_causal` must be True with a lower triangular Toeplitz matrix")
+        if not any(self.layer_rem_heads(layer) for layer in range(self.num_hidden_layers)):
+            raise ValueError(f"`rem_kinds` must name at least one head that is not none, got {self.rem_kinds}")
+
+
+class LearnedToeplitz(nn.Module):
+    """
+    The matrices of one attention layer and their gate, in the place of `RecurrenceEncoding`.
+
+    Initial values: weights normal(0, 0.02), the gate's mu uniform on [-3, 3] as a REM's.
+    """
+
+    def __init__(self, heads: list[int], num_attention_heads: int, gate: str, max_length: int):
+        super().__init__()
+        self.heads = heads
+        self.num_attention_heads = num_attention_heads
+        self.weight = nn.Parameter(0.02 * torch.randn(len(heads), max_length - 1))  # of the distances 1, 2, ...
+        self.mu = nn.Parameter(torch.empty(1 if gate == "layer" else len(heads)).uniform_(-3, 3))
+
+    def gates(self) -> torch.Tensor:
+        """gate = sigmoid(mu) of each of the H heads, zero for a plain one: `(H,)`."""
+        gates = self.mu.new_zeros(self.num_attention_heads)
+        gates[self.heads] = torch.sigmoid(self.mu).expand(len(self.heads))
+        return gates
+
+    def matrix(self, positions: torch.Tensor, length: int, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """P of all H heads, zero for a plain one: `(1 or B, H, T, length)`; arguments as of `RecurrenceEncoding`."""
+        longest = self.weight.shape[1] + 1
+        if length > longest:
+            raise ValueError(f"the input must have at most `max_length` = {longest} positions, got {length}")
+        distance = positions[:, None] - torch.arange(length, device=positions.device)  # (T, L)
+        entries = self.weight[:, distance.clamp(min=1) - 1] * (distance >= 1)  # (R, T, L)
+        matrix = entries.new_zeros(self.num_attention_heads, *distance.shape)
+        matrix[self.heads] = entries
+        if segment_ids is None:
+            return matrix[None]
+        return matrix * (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+
+    def forward(
+        self,
+        attention_output: torch.Tensor,  # (B, T, H, d)
+        values: torch.Tensor,  # (B, H, L, d)
+        positions: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(1 - gate) * softmax(...) V + gate * P V: `(B, T, H, d)`."""
+        if positions is None:
+            positions = torch.arange(attention_output.shape[1], device=values.device)
+        gates = self.gates()
+        product = (self.matrix(positions, values.shape[2], segment_ids).to(values.dtype) @ values).transpose(1, 2)
+        return (1 - gates)[:, None] * attention_output + gates[:, None] * product
+
+    def mixing_matrix(
+        self,
+        attention_weights: torch.Tensor,  # (B, H, T, L)
+        positions: torch.Tensor | None = None,
+        segment_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(1 - gate) * softmax(...) + gate * P, the matrix that multiplies the values: `(B, H, T, L)`."""
+        queries, length = attention_weights.shape[2:]
+        if positions is None:
+            positions = torch.arange(queries, device=attention_weights.device)
+        gates = self.gates()[:, None, None]
+        return (1 - gates) * attention_weights + gates * self.matrix(positions, length, segment_ids)
+
+
+def with_toeplitz(name: str, head: type) -> type:
+    """A model class like `head` in which learned Toeplitz matrices stand where the REMs were."""
+
+    def __init__(self, config: ToeplitzConfig):
+        head.__init__(self, config)
+        for index, layer in enumerate(self.model.layers):
+            heads = [number for number, _, _ in config.layer_rem_heads(index)]
+            if heads:
+                layer.self_attn.recurrence = LearnedToeplitz(
+                    heads, config.num_attention_heads, config.rem_gate, config.max_length
+                )
+
+    fields = {"__init__": __init__, "__doc__": head.__doc__, "config_class": ToeplitzConfig, "_auto_class": None}
+    return type(name, (head,), fields)
+
+
+AutoConfig.register(ToeplitzConfig.model_type, ToeplitzConfig)
+for auto_class, head in (
+    (AutoModelForCausalLM, RTransformerForCausalLM),
+    (AutoModelForSequenceClassification, RTransformerForSequenceClassification),
+    (AutoModelForAudioFrameClassification, RTransformerForAudioFrameClassification),
+):
+    name = head.__name__.replace("RTransformer", "Toeplitz")
+    auto_class.register(ToeplitzConfig, with_toeplitz(name, head))

@@ -1,0 +1,138 @@
+"""
+Give the baselines of a recipe as many parameters as the recipe's model has.
+
+    python scripts/match_parameters.py stdlib-code
+    python scripts/match_parameters.py digits --set model.hidden_size=32
+
+A recipe's baselines.toml names models to compare with, each by the settings that make it of the recipe:
+
+    [lstm]
+    set = ['model={model_type = "recurrent", kind = "lstm", num_hidden_layers = 2}']
+
+The width, `hidden_size`, is found here; where a model has an inner width, `intermediate_size` makes up what is left.
+The last line of stdout is one JSON object: for each name the overrides, ready for `train.py --set`, and the parameters.
+"""
+
+import sys
+from pathlib import Path
+
+
+if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+import argparse
+import contextlib
+import json
+import math
+from collections.abc import Callable
+
+import torch
+
+from scripts.recipe import parse_file, read_recipe, recipe_folder, tomllib
+from scripts.tasks.prepared import Prepared
+
+
+TOLERANCE = 0.02
+
+
+def read_baselines(recipe: str | Path) -> dict[str, tuple[str, ...]]:
+    """
+    The baselines of a recipe: by name, their `--set` overrides, without a width yet.
+
+    Raises:
+        FileNotFoundError, ValueError: the recipe has no `baselines.toml`, or it is not as it must be.
+    """
+    path = recipe_folder(recipe) / "baselines.toml"
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe {str(recipe)!r} has no baselines.toml, which names the models to compare with")
+    baselines = {}
+    for name, entry in parse_file(path, tomllib.loads).items():
+        overrides = entry.get("set") if isinstance(entry, dict) and set(entry) == {"set"} else None
+        if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
+            raise ValueError(f"[{name}] of {path} must have one key, `set`, a list of section.key=value; got {entry!r}")
+        baselines[name] = tuple(overrides)
+    return baselines
+
+
+def count_parameters(recipe, prepared: Prepared, **values) -> int:
+    """Parameters of the recipe's model on the prepared data; `values` change its config."""
+    with torch.device("meta"):  # shapes alone
+        return prepared.auto_class.from_config(recipe.config(**prepared.config_values, **values)).num_parameters()
+
+
+def nearest_width(count: Callable[[int], int], parameters: int, step: int = 1) -> int:
+    """The multiple of `step` whose `count`, which grows with it, is nearest to `parameters`."""
+    above = 1  # in steps
+    while count(above * step) < parameters:
+        above *= 2
+    below = above // 2
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if count(middle * step) < parameters else (below, middle)
+    return step * min((width for width in (below, above) if width), key=lambda w: abs(count(w * step) - parameters))
+
+
+def match(
+    recipe: str | Path, overrides: tuple[str, ...], parameters: int, prepared: Prepared, tolerance: float = TOLERANCE
+) -> tuple[tuple[str, ...], int]:
+    """
+    The overrides of a baseline with those that give it `parameters`, and how many it has then.
+
+    Args:
+        prepared: the recipe's data; a baseline learns from the same.
+
+    Raises:
+        ValueError: no width comes within `tolerance` (a share) of `parameters`.
+    """
+    baseline = read_recipe(recipe, overrides)
+    config = baseline.config()
+    heads = getattr(config, "num_attention_heads", 1)
+    step = math.lcm(heads, 2) if getattr(config, "position_embedding", None) == "sinusoidal" else heads
+    width = nearest_width(lambda width: count_parameters(baseline, prepared, hidden_size=width), parameters, step)
+    found = {"hidden_size": width}
+    if hasattr(config, "intermediate_size"):
+        inner = baseline.config(**found).intermediate_size
+        first, second = (
+            count_parameters(baseline, prepared, **found, intermediate_size=size) for size in (inner, inner + 1)
+        )
+        found["intermediate_size"] = max(1, inner + round((parameters - first) / (second - first)))
+    total = count_parameters(baseline, prepared, **found)
+    if abs(total - parameters) > tolerance * parameters:
+        raise ValueError(
+            f"no `hidden_size` gives the baseline {parameters} parameters within {tolerance:.0%}; "
+            f"the nearest, {width}, gives {total}"
+        )
+    return (*overrides, *(f"model.{name}={value}" for name, value in found.items())), total
+
+
+def match_all(recipe: str | Path, overrides: tuple[str, ...] = ()) -> dict[str, dict]:
+    """Every baseline of a recipe, and under `recipe` the model that they match: `overrides` and `parameters`."""
+    own = read_recipe(recipe, overrides)
+    prepared = own.prepare(None, ("train",))
+    parameters = count_parameters(own, prepared)
+    table = {"recipe": {"overrides": list(overrides), "parameters": parameters}}
+    for name, changes in read_baselines(recipe).items():
+        found, total = match(recipe, (*overrides, *changes), parameters, prepared)
+        table[name] = {"overrides": list(found), "parameters": total}
+    return table
+
+
+def main(arguments: list[str] | None = None) -> dict[str, dict]:
+    """Match the baselines; the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", help="a folder of configuration/ by name, or the path of a recipe")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="a setting of the recipe and of its baselines, as for train.py; may be repeated",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    try:
+        return match_all(options.recipe, tuple(options.overrides))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        result = main()
+    print(json.dumps(result))
