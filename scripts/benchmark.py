@@ -28,7 +28,7 @@ import torch
 
 from scripts.benchmarks import attention, local_rnn, models
 from scripts.benchmarks.measuring import Case, measure, roofline
-from scripts.report import commit, machine, versions
+from scripts.provenance import commit, machine, versions
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -24,8 +24,8 @@ import tempfile
 from transformers import AutoTokenizer, TrainingArguments
 
 from scripts.checkpoints import load_model
+from scripts.provenance import commit, machine, versions
 from scripts.recipe import read_recipe
-from scripts.report import commit, machine, versions
 from scripts.scoring import make_trainer, score
 
 

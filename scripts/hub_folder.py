@@ -25,8 +25,8 @@ from modeling_rtransformer import RTransformerConfig
 from modeling_rtransformer.hub_files import HUB_FILES, PICKLES, TOKENIZER_FILES, WEIGHT_FILES
 from scripts.checkpoints import load_model
 from scripts.model_card import gate_rows, head_of, render
+from scripts.plots import plot_curve, plot_gates
 from scripts.recipe import Recipe, read_recipe
-from scripts.report import plot_curve, plot_gates
 
 
 COPIED = ("generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILES, "curve.json", "curve.png")
@@ -99,6 +99,7 @@ def public_recipe(recipe: Recipe) -> Recipe:
     for split in DATA_FILES:
         if split in data and (split == "file" or data.get("source") == "files"):
             data[split] = _file_names(data[split])
+    data.pop("folder", None)  # of copies; without it they are fetched
     if data.get("source") == "hub" and Path(data["dataset"]).is_dir():
         data["dataset"] = Path(data["dataset"]).name
     sections = {**recipe.sections, "data": data}
@@ -114,7 +115,7 @@ def public_results(results: Mapping[str, Any]) -> dict[str, Any]:
     for override in results.get("overrides", []):
         key, _, value = override.partition("=")
         section, _, name = key.strip().partition(".")
-        if section == "training" and _is_private(name):
+        if (section == "training" and _is_private(name)) or (section, name) == ("data", "folder"):
             continue
         overrides.append(f"{key}={re.sub(r'[^,[]*[/]', '', value)}" if section == "data" else override)
     return {**results, "overrides": overrides}

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from modeling_rtransformer import RTransformerForSequenceClassification
 from modeling_rtransformer.linear_rnn import LinearRNN, rsa_from_linear_rnn
-from scripts.report import machine, versions
+from scripts.provenance import machine, versions
 from scripts.sources.digits import Options, load
 
 

@@ -34,9 +34,10 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_
 from scripts.budget import EpochDrops, TimeBudget
 from scripts.checkpoints import newest_complete, put_in_place, restore_callbacks
 from scripts.hub_upload import PushError
+from scripts.plots import curve, plot_curve
+from scripts.provenance import commit, machine, versions
 from scripts.push_to_hub import push
 from scripts.recipe import Recipe, read_recipe
-from scripts.report import commit, curve, machine, plot_curve, versions
 from scripts.scoring import make_trainer, score
 from scripts.tasks.prepared import Prepared
 

@@ -10,6 +10,7 @@ import pytest
 
 from scripts import train
 from scripts.budget import EpochDrops
+from scripts.hub_folder import public_recipe, public_results
 from scripts.recipe import read_recipe
 from scripts.sources import mnist, penn_treebank
 from scripts.sources.download import local_or_downloaded
@@ -177,3 +178,10 @@ def test_the_rate_drops_after_every_so_many_epochs():
 
     EpochDrops(4, 0.5).on_train_begin(Arguments(), State(), None, lr_scheduler=Schedule)
     assert [Schedule.lr_lambdas[0](step) for step in (0, 39, 40, 79, 80)] == [2.0, 2.0, 1.0, 1.0, 0.5]
+
+
+def test_a_shared_recipe_does_not_name_the_folder_of_the_copies(tmp_path):
+    override = f"data.folder={tmp_path}"
+    recipe = read_recipe("ptb-char", [override])
+    assert recipe.data.folder == str(tmp_path) and "folder" not in public_recipe(recipe).sections["data"]
+    assert public_results({"overrides": [override, "training.seed=2"]})["overrides"] == ["training.seed=2"]
