@@ -34,12 +34,43 @@ def plot_curve(rows: dict[str, list], metric: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plot_gates(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw the gate of each layer and REM head, and the eigenvalues in the unit circle, if matplotlib is installed."""
+def plot_curves(curves: dict[str, dict[str, list]], metric: str, path: Path) -> bool:
+    """
+    Draw the monitored metric of several runs by the second.
+
+    Returns:
+        Whether it was drawn: matplotlib may not be installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        return
+        return False
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    values = []
+    for name, rows in curves.items():
+        points = [(row["seconds"], row[metric]) for row in rows["evaluation"] if row["seconds"] is not None]
+        values += [value for _, value in points]
+        axes.plot([seconds for seconds, _ in points], [value for _, value in points], ".-", label=name)
+    if values and min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_yscale("log")
+    axes.set(xlabel="seconds of training", ylabel=f"{metric.replace('_', ' ')}, validation")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def plot_gates(rows: list[dict[str, Any]], path: Path) -> bool:
+    """
+    Draw the gate of each layer and REM head, and the eigenvalues in the unit circle.
+
+    Returns:
+        Whether they were drawn: matplotlib may not be installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
     layers, heads = (sorted({row[name] for row in rows}) for name in ("layer", "head"))
     figure = Figure(figsize=(9, 4), layout="constrained")
     gate_axes, plane = figure.subplots(1, 2)
@@ -67,3 +98,4 @@ def plot_gates(rows: list[dict[str, Any]], path: Path) -> None:
     if len(layers) <= 10:
         plane.legend(loc="lower left", fontsize="small")
     figure.savefig(path, dpi=150)
+    return True

@@ -1,0 +1,155 @@
+"""
+Make the tables of docs/RESULTS.md.
+
+    python scripts/report.py                                  # write them from the results that are there
+    python scripts/report.py --run cpu                        # first make every run of the suite that has no result
+    python scripts/report.py --run cpu --only etth1 nottingham/lstm
+
+configuration/tables.toml says which runs there are. A run goes to runs/report/, where it can be interrupted: the same
+command goes on with it. What it gave is kept in docs/results/, one JSON file a run: the result, the learning curve and,
+for RSA heads, the gates and eigenvalues. Baselines get as many parameters as the recipe's model and the same budget.
+"""
+
+import sys
+from pathlib import Path
+
+
+ROOT = Path(__file__).resolve().parent.parent
+if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
+    sys.path[0] = str(ROOT)
+
+import argparse
+import contextlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import AutoConfig
+
+from modeling_rtransformer import RTransformerConfig
+from scripts import train
+from scripts.checkpoints import load_model
+from scripts.match_parameters import count_parameters, match, read_baselines
+from scripts.model_card import gate_rows, head_of
+from scripts.plots import plot_curves, plot_gates
+from scripts.recipe import read_recipe
+from scripts.tables import Run, Table, markdown, read_tables, slug
+
+
+HEADER = """# Results
+
+Made by `python scripts/report.py` from `docs/results/`; `make reproduce-cpu` repeats the runs of the suite `cpu`. The
+model of each run was chosen on the validation split and scored once on the test split. Baselines have the parameters of
+the recipe's own model, within 2 %, and its budget of time. Rows in plain type are what others report.
+"""
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", metavar="SUITE", help="make the runs of this suite that have no result yet")
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", default=[], help="runs whose name begins so: table/row/..."
+    )
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="where results are kept")
+    parser.add_argument("--runs", type=Path, default=Path("runs") / "report", help="where trainings go")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "RESULTS.md", help="the file to write")
+    return parser.parse_args(arguments)
+
+
+def overrides_of(run: Run) -> list[str]:
+    """The `--set` overrides of a run, for a baseline with the width that gives it the recipe's parameters."""
+    if run.row.baseline is None:
+        return list(run.overrides)
+    baselines = read_baselines(run.row.recipe)
+    if run.row.baseline not in baselines:
+        raise ValueError(
+            f"recipe {run.row.recipe!r} has no baseline {run.row.baseline!r}; it has {', '.join(baselines)}"
+        )
+    own = read_recipe(run.row.recipe, run.overrides)
+    prepared = own.prepare(None, ("train",))
+    parameters = count_parameters(own, prepared)
+    found, _ = match(run.row.recipe, (*run.overrides, *baselines[run.row.baseline]), parameters, prepared)
+    return list(found)
+
+
+def make(run: Run, folder: Path, kept: Path) -> None:
+    """Train, going on where it was, and keep what came out as `kept`."""
+    if not (folder / "final" / "results.json").is_file():
+        settings = [part for override in overrides_of(run) for part in ("--set", override)]
+        train.main([run.row.recipe, "--output-dir", str(folder), "--resume", *settings])
+    final = folder / "final"
+    content = {
+        "result": json.loads((final / "results.json").read_text(encoding="utf-8")),
+        "curve": json.loads((final / "curve.json").read_text(encoding="utf-8")),
+        "gates": gates_of(final),
+    }
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_suffix(".partial")
+    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    partial.replace(kept)
+
+
+def gates_of(final: Path) -> list[dict[str, Any]]:
+    """What the REM heads of a saved model have learned; empty for a model without any."""
+    config = AutoConfig.from_pretrained(final)
+    if type(config) is not RTransformerConfig or config.rem_kinds is None:
+        return []
+    return gate_rows(load_model(getattr(transformers, head_of(config).auto_class), final))
+
+
+def draw(table: Table, found: Mapping[str, Mapping[str, Any]], folder: Path) -> list[tuple[str, str]]:
+    """The pictures of a table: learning curves of its first column and seed, and the gates of its first RSA model."""
+    pictures = []
+    runs = [run for run in table.runs() if run.name in found and run.seed == run.row.seeds[0]]
+    column = next(iter(table.columns))
+    curves = {run.row.name: found[run.name]["curve"] for run in runs if run.column == column}
+    stem = slug(table.name)
+    if curves and plot_curves(curves, table.metric, folder / f"{stem}.png"):
+        pictures.append((f"{table.title}: validation while training{' ' + column if column else ''}", f"{stem}.png"))
+    gated = next((run for run in runs if found[run.name]["gates"]), None)
+    if gated is not None and plot_gates(found[gated.name]["gates"], folder / f"{stem}-gates.png"):
+        pictures.append((f"{gated.row.name}: gates and eigenvalues that were learned", f"{stem}-gates.png"))
+    return [(caption, f"{folder.name}/{name}") for caption, name in pictures]
+
+
+def write(tables: Mapping[str, Table], results: Path, output: Path) -> None:
+    """Write the report from the results that are there."""
+    found = {
+        str(path.relative_to(results).with_suffix("")).replace("\\", "/"): json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(results.rglob("*.json"))
+    }
+    sections = []
+    for table in tables.values():
+        if any(run.name in found for run in table.runs()):
+            sections.append(markdown(table, found, draw(table, found, results)))
+    output.write_text("\n".join([HEADER, *sections]), encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Make what is asked for and write the report; its path."""
+    options = parse_arguments(arguments)
+    try:
+        tables = read_tables()
+        if options.run is not None:
+            suites = sorted({table.suite for table in tables.values()})
+            if options.run not in suites:
+                raise ValueError(f"--run names the suite {options.run!r}; there are {', '.join(suites)}")
+            runs = [run for table in tables.values() if table.suite == options.run for run in table.runs()]
+            runs = [run for run in runs if not options.only or run.name.startswith(tuple(options.only))]
+            for place, run in enumerate(runs, 1):
+                kept = options.results / f"{run.name}.json"
+                print(f"{place} of {len(runs)}: {run.name}{' is there' if kept.is_file() else ''}", file=sys.stderr)
+                if not kept.is_file():
+                    make(run, options.runs / run.name, kept)
+                    write(tables, options.results, options.output)
+        write(tables, options.results, options.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    return options.output
+
+
+if __name__ == "__main__":
+    with contextlib.redirect_stdout(sys.stderr):
+        written = main()
+    print(written)

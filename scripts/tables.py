@@ -1,0 +1,217 @@
+"""
+The tables of docs/RESULTS.md: what `configuration/tables.toml` asks for, and their text from what the runs gave.
+
+A table has rows (models), columns (settings of the task) and seeds; each row, column and seed is one run of a recipe.
+"""
+
+import dataclasses
+import re
+import shlex
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modeling_rtransformer.configuration_rtransformer import nearest
+from scripts.recipe import CONFIGURATION, parse_file, tomllib
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """
+    One model.
+
+    Args:
+        recipe: a recipe of its own; the table's if left out.
+        baseline: a model of the recipe's `baselines.toml`, at equal parameters; the recipe's own model if left out.
+        set: overrides of the recipe.
+        seeds: the table's if left out.
+    """
+
+    name: str
+    recipe: str
+    seeds: list[int]
+    baseline: str | None = None
+    set: list[str] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: where its files lie, and what `train.py` needs but for the width of a baseline."""
+
+    table: str
+    row: Row
+    column: str
+    seed: int
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """`table/row/column/seed-N`, fit for a path."""
+        parts = (slug(part) for part in (self.table, self.row.name, self.column))
+        return "/".join([*(part for part in parts if part), f"seed-{self.seed}"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """
+    One table.
+
+    Args:
+        title, about: heading, and a sentence or two on what is measured.
+        suite: the runs that are made together, such as `cpu`.
+        recipe: trained for every row.
+        metric, splits: the figure of a cell; of several splits, one behind the other.
+        scale: what the figures are multiplied by, 100 for shares in percent.
+        set: overrides of every run.
+        columns: by name, overrides; one column without a name if left out.
+        paper: by name, the figures that others report, one a column, as text.
+        rows: [`Row`] by name.
+    """
+
+    name: str
+    title: str
+    about: str
+    suite: str
+    metric: str
+    rows: dict[str, Row]
+    digits: int = 3
+    scale: float = 1.0
+    splits: list[str] = dataclasses.field(default_factory=lambda: ["test"])
+    set: list[str] = dataclasses.field(default_factory=list)
+    columns: dict[str, list[str]] = dataclasses.field(default_factory=lambda: {"": []})
+    paper: dict[str, list] = dataclasses.field(default_factory=dict)
+
+    def runs(self) -> list[Run]:
+        """All runs, the first seed of every row before the second of any."""
+        runs = [
+            Run(self.name, row, column, seed, (*self.set, *settings, *row.set, f"training.seed={seed}"))
+            for row in self.rows.values()
+            for column, settings in self.columns.items()
+            for seed in row.seeds
+        ]
+        return sorted(runs, key=lambda run: run.row.seeds.index(run.seed))
+
+
+def slug(name: str) -> str:
+    """A name fit for a path."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def read_tables(path: Path = CONFIGURATION / "tables.toml") -> dict[str, Table]:
+    """
+    The tables by name.
+
+    Raises:
+        ValueError: a key is missing or not known.
+    """
+    return {name: _table(name, dict(entry), path) for name, entry in parse_file(path, tomllib.loads).items()}
+
+
+def _table(name: str, entry: dict[str, Any], path: Path) -> Table:
+    recipe, seeds = entry.pop("recipe", None), entry.pop("seeds", [1])
+    rows = {
+        row: _make(Row, {"name": row, "recipe": recipe, "seeds": seeds, **settings}, f"[{name}.rows] {row!r}", path)
+        for row, settings in entry.pop("rows", {}).items()
+    }
+    table = _make(Table, {"name": name, "rows": rows, **entry}, f"[{name}]", path)
+    for other, figures in table.paper.items():
+        if len(figures) != len(table.columns):
+            raise ValueError(
+                f"`paper` of [{name}] in {path.name} must have a figure for each of the {len(table.columns)} columns; "
+                f"{other!r} has {len(figures)}"
+            )
+    return table
+
+
+def _make(kind: type, values: Mapping[str, Any], place: str, path: Path):
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for key in values:
+        if key not in fields:
+            raise ValueError(f"`{key}` in {place} of {path.name} is not known{nearest(key, fields)}")
+    for key, field in fields.items():
+        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+        if needed and values.get(key) is None:
+            raise ValueError(f"`{key}` is missing in {place} of {path.name}")
+    return kind(**values)
+
+
+def cell(table: Table, results: Sequence[Mapping[str, Any]]) -> str:
+    """`mean ± standard deviation` of the seeds for each split; a dash where no run has ended."""
+    if not results:
+        return "-"
+    texts = []
+    for split in table.splits:
+        values = [table.scale * result["metrics"][split][table.metric] for result in results]
+        spread = f" ± {statistics.stdev(values):.{table.digits}f}" if len(values) > 1 else ""
+        texts.append(f"{statistics.mean(values):.{table.digits}f}{spread}")
+    return " / ".join(texts)
+
+
+def markdown(table: Table, found: Mapping[str, Mapping[str, Any]], pictures: Sequence[tuple[str, str]] = ()) -> str:
+    """
+    The section of one table.
+
+    Args:
+        found: by [`Run.name`], what a run left: its `result`.
+        pictures: pairs of a caption and a path, to show below.
+    """
+    columns = list(table.columns)
+    lines = [f"## {table.title}", "", table.about, ""]
+    headings = [column or table.metric.replace("_", " ") for column in columns]
+    lines += [f"| | {' | '.join(headings)} | parameters | seeds | seconds a run |", "|---" * (len(columns) + 4) + "|"]
+    lines += [f"| {name} | {' | '.join(map(str, figures))} | | | |" for name, figures in table.paper.items()]
+    ended: list[Mapping[str, Any]] = []
+    for row in table.rows.values():
+        by_column = {column: [] for column in columns}
+        for run in table.runs():
+            if run.row is row and run.name in found:
+                by_column[run.column].append(found[run.name]["result"])
+        results = [result for results in by_column.values() for result in results]
+        ended += results
+        cells = " | ".join(cell(table, by_column[column]) for column in columns)
+        about = (_range(results, "parameters"), _seeds(by_column), _seconds(results))
+        lines.append(f"| **{row.name}** | {cells} | {' | '.join(about)} |")
+    if ended:
+        lines += ["", _measured(ended), "", *_commands(table, found)]
+    for caption, path in pictures:
+        lines += ["", f"![{caption}]({path})"]
+    return "\n".join(lines) + "\n"
+
+
+def _range(results: Sequence[Mapping[str, Any]], key: str) -> str:
+    values = sorted({result[key] for result in results})
+    return "-" if not values else " to ".join(f"{value:,}" for value in values[:: max(1, len(values) - 1)])
+
+
+def _seeds(by_column: Mapping[str, Sequence]) -> str:
+    counts = sorted({len(results) for results in by_column.values()})
+    return " to ".join(map(str, counts[:: max(1, len(counts) - 1)]))
+
+
+def _seconds(results: Sequence[Mapping[str, Any]]) -> str:
+    values = [result["wall_seconds"]["training"] for result in results]
+    return "-" if not values else " to ".join(f"{value:.0f}" for value in dict.fromkeys((min(values), max(values))))
+
+
+def _measured(results: Sequence[Mapping[str, Any]]) -> str:
+    """Where the figures are from."""
+    places = {}
+    for result in results:
+        machine, versions = result["machine"], result["versions"]
+        place = machine["accelerator"] or f"{machine['threads']} CPU thread{'s' * (machine['threads'] > 1)}"
+        place += f", torch {versions['torch']}, Transformers {versions['transformers']}"
+        places.setdefault(place, set()).add((result["commit"] or "unknown")[:12] + result["commit"][40:])
+    return "Measured on " + "; ".join(
+        f"{place} (at {', '.join(sorted(commits))})" for place, commits in sorted(places.items())
+    )
+
+
+def _commands(table: Table, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One command for each row and column, with the first seed."""
+    lines = []
+    for run in table.runs():
+        if run.name in found and run.seed == run.row.seeds[0]:
+            settings = " ".join(f"--set {shlex.quote(override)}" for override in found[run.name]["result"]["overrides"])
+            lines.append(f"    python scripts/train.py {run.row.recipe} {settings}")
+    return lines

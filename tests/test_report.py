@@ -1,0 +1,138 @@
+"""Tables of results: what the file asks for, runs that are made and kept, and the text that comes of them."""
+
+import json
+
+import pytest
+
+from scripts import report
+from scripts.tables import read_tables
+from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
+
+
+TABLES = """
+[tiny]
+title = "Tiny"
+about = "Nothing much."
+suite = "test"
+recipe = {recipe}
+metric = "bits_per_character"
+set = ["training.max_steps=2", "training.eval_steps=1", "training.save_steps=1"]
+
+[tiny.columns]
+"short" = ["task.window=25"]
+"long" = ["task.window=33"]
+
+[tiny.paper]
+"theirs" = [1.5, 1.25]
+
+[tiny.rows]
+"RSA" = {{set = ["model.num_local_rnns=0"], seeds = [1, 2]}}
+"GRU" = {{baseline = "gru"}}
+"""
+BASELINES = """
+[gru]
+set = ['model={model_type = "recurrent", kind = "gru", num_hidden_layers = 1}']
+"""
+
+
+def result(value, seed=1, threads=1, commit="a" * 40):
+    return {
+        "metrics": {"test": {"bits_per_character": value}},
+        "parameters": 1234,
+        "wall_seconds": {"training": 9.6},
+        "overrides": ["task.window=17", f"training.seed={seed}"],
+        "machine": {"threads": threads, "accelerator": None},
+        "versions": {"torch": "2", "transformers": "5"},
+        "commit": commit,
+    }
+
+
+@pytest.fixture
+def tables(tmp_path):
+    recipe = write_recipe(tmp_path, LANGUAGE_MODELING, write_text(tmp_path))
+    (recipe / "baselines.toml").write_text(BASELINES, encoding="utf-8")
+    path = tmp_path / "tables.toml"
+    path.write_text(TABLES.format(recipe=json.dumps(str(recipe))), encoding="utf-8")
+    return path
+
+
+def test_a_table_is_every_row_column_and_seed(tables):
+    runs = read_tables(tables)["tiny"].runs()
+    assert [run.name for run in runs] == [
+        "tiny/rsa/short/seed-1",
+        "tiny/rsa/long/seed-1",
+        "tiny/gru/short/seed-1",
+        "tiny/gru/long/seed-1",
+        "tiny/rsa/short/seed-2",
+        "tiny/rsa/long/seed-2",
+    ]
+    assert runs[-1].overrides[-3:] == ("task.window=33", "model.num_local_rnns=0", "training.seed=2")
+
+
+def test_a_cell_is_the_mean_of_its_seeds_and_their_spread(tables):
+    table = read_tables(tables)["tiny"]
+    found = {
+        "tiny/rsa/short/seed-1": {"result": result(1.0)},
+        "tiny/rsa/short/seed-2": {"result": result(2.0, seed=2)},
+        "tiny/gru/long/seed-1": {"result": result(3.0, threads=2)},
+        "tiny/unknown/seed-1": {"result": result(99.0)},
+    }
+    lines = report.markdown(table, found).splitlines()
+    assert "| theirs | 1.5 | 1.25 | | | |" in lines
+    assert "| **RSA** | 1.500 ± 0.707 | - | 1,234 | 0 to 2 | 10 |" in lines
+    assert "| **GRU** | - | 3.000 | 1,234 | 0 to 1 | 10 |" in lines
+    assert not any("99" in line for line in lines)
+    measured = next(line for line in lines if line.startswith("Measured on"))
+    assert "1 CPU thread, torch 2" in measured and "2 CPU threads" in measured and "(at aaaaaaaaaaaa)" in measured
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("metric =", "metrik =", r"`metrik` in \[tiny\] of tables.toml is not known; did you mean `metric`"),
+        ('title = "Tiny"', "", r"`title` is missing in \[tiny\] of tables.toml"),
+        ("[1.5, 1.25]", "[1.5]", r"`paper` of \[tiny\] .* each of the 2 columns; 'theirs' has 1"),
+        ('baseline = "gru"', "base = 1", r"`base` in \[tiny.rows\] 'GRU' of tables.toml is not known"),
+    ],
+)
+def test_a_table_that_is_not_as_it_must_be_is_refused(tables, old, new, message):
+    tables.write_text(tables.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_tables(tables)
+
+
+def test_runs_are_made_once_and_kept_with_curve_and_gates(tables, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "read_tables", lambda: read_tables(tables))
+    arguments = ["--run", "test", "--only", "tiny/rsa/short/seed-1", "tiny/gru/short"]
+    arguments += ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
+    arguments += ["--output", str(tmp_path / "RESULTS.md")]
+    report.main(arguments)
+    kept = {
+        name: json.loads((tmp_path / "results" / f"tiny/{name}/short/seed-1.json").read_text(encoding="utf-8"))
+        for name in ("rsa", "gru")
+    }
+    assert [row["head"] for row in kept["rsa"]["gates"]] == [0] and kept["gru"]["gates"] == []
+    assert len(kept["rsa"]["curve"]["evaluation"]) == 2
+    parameters = [content["result"]["parameters"] for content in kept.values()]
+    text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
+    assert f"| {parameters[1]:,} | 0 to 1 |" in text
+    assert "--set model.num_local_rnns=0 --set training.seed=1" in text
+    assert (tmp_path / "results" / "tiny.png").is_file() and "](results/tiny-gates.png)" in text
+    monkeypatch.setattr(report, "make", None)  # nothing is left to make
+    report.main(arguments)
+    assert "is there" in capsys.readouterr().err
+    assert (tmp_path / "RESULTS.md").read_text(encoding="utf-8") == text
+
+
+def test_what_cannot_be_run_is_said(tables, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "read_tables", lambda: read_tables(tables))
+    with pytest.raises(SystemExit, match="--run names the suite 'gpu'; there are test"):
+        report.main(["--run", "gpu"])
+
+
+def test_the_tables_of_the_repository_name_what_there_is():
+    for table in read_tables().values():
+        for row in table.rows.values():
+            recipe = report.read_recipe(row.recipe, (*table.set, *row.set))
+            assert table.metric in recipe.report.metrics
+            assert row.baseline is None or row.baseline in report.read_baselines(row.recipe)
