@@ -27,6 +27,7 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "music"
 TRAINING = """
 [task]
 name = "frame_prediction"
+transpose = 2
 
 [data]
 source = "piano_roll"
@@ -159,6 +160,21 @@ def test_every_frame_but_the_first_of_a_piece_is_predicted_once(window):
     predicted = np.concatenate([rows[index][1:] for index in range(len(rows))])
     np.testing.assert_array_equal(predicted, np.concatenate([roll[1:] for roll in rolls]))
     assert all(2 <= len(rows[index]) <= (window or 14) + 1 for index in range(len(rows)))
+
+
+def test_training_rows_are_transposed_anew_in_each_epoch_and_the_same_when_it_is_repeated():
+    rolls = [np.zeros((9, 88), dtype=np.uint8) for _ in range(20)]
+    for roll in rolls:
+        roll[:, [1, 40, 43]] = 1
+    rows = Frames(rolls, transpose=3)
+    seen = []
+    for epoch in (0, 1, 0):
+        rows.set_epoch(epoch)
+        seen.append([tuple(np.flatnonzero(rows[index][0])) for index in range(20)])
+    assert seen[0] == seen[2] != seen[1]
+    assert {notes[-1] - 43 for notes in seen[0] + seen[1]} == set(range(-3, 4))
+    assert {notes for notes in seen[0] if notes[-1] == 43 + 3} == {(4, 43, 46)}
+    assert {notes for notes in seen[0] + seen[1] if notes[-1] == 43 - 3} == {(37, 40)}  # one fell off the keyboard
 
 
 def test_a_batch_shifts_its_labels_and_pads_at_the_end():

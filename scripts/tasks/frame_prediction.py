@@ -27,24 +27,34 @@ class Options:
     Args:
         window: cut the training pieces into rows of so many predicted frames; whole pieces if left out. Pieces are
             scored whole.
+        transpose: move each training row up or down by as many keys as chance says, at most so many, anew in each
+            epoch; scored pieces stay as they are.
         loss: `mean` over all labels of a batch, or their `sum`, which weighs a batch by its length: the learning rate
             of the one is not that of the other.
     """
 
     name: str
     window: int | None = None
+    transpose: int = 0
     loss: Literal["mean", "sum"] = "mean"
 
     def __post_init__(self) -> None:
         if self.window is not None and self.window < 1:
             raise ValueError(f"`task.window` must be at least 1, or left out for whole pieces, got {self.window}")
+        if self.transpose < 0:
+            raise ValueError(f"`task.transpose` must be at least 0 keys, got {self.transpose}")
 
 
 class Frames(Dataset):
-    """Rows of frames, each with the frame that follows as its label: a row of N frames predicts N - 1."""
+    """
+    Rows of frames, each with the frame that follows as its label: a row of N frames predicts N - 1.
 
-    def __init__(self, pieces: Sequence[np.ndarray], window: int | None = None):
-        self.pieces = pieces
+    With `transpose`, by how many keys a row is moved follows from the epoch and the row's place, so that a resumed run
+    sees what it would have seen.
+    """
+
+    def __init__(self, pieces: Sequence[np.ndarray], window: int | None = None, transpose: int = 0):
+        self.pieces, self.transpose, self.epoch = pieces, transpose, 0
         self.rows = [  # (piece, first frame, frame after the last)
             (index, start, min(start + (window or len(piece)), len(piece) - 1) + 1)
             for index, piece in enumerate(pieces)
@@ -56,7 +66,25 @@ class Frames(Dataset):
 
     def __getitem__(self, index: int) -> np.ndarray:
         piece, start, end = self.rows[index]
-        return self.pieces[piece][start:end]  # (frames, keys)
+        frames = self.pieces[piece][start:end]  # (frames, keys)
+        if self.transpose:
+            chance = np.random.default_rng((self.epoch, index))
+            frames = transposed(frames, chance.integers(-self.transpose, self.transpose, endpoint=True))
+        return frames
+
+    def set_epoch(self, epoch: int) -> None:
+        """Accelerate's data loaders say when an epoch begins."""
+        self.epoch = epoch
+
+
+def transposed(frames: np.ndarray, keys: int) -> np.ndarray:
+    """The frames `keys` higher, or lower if negative; notes beyond the ends of the keyboard are lost."""
+    moved = np.zeros_like(frames)
+    if keys >= 0:
+        moved[:, keys:] = frames[:, : frames.shape[1] - keys]
+    else:
+        moved[:, :keys] = frames[:, -keys:]
+    return moved
 
 
 def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
@@ -64,8 +92,9 @@ def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
     _check(recipe)
     pieces = recipe.load_data().with_format("numpy")
     names = key_names()
+    training = {"window": recipe.task.window, "transpose": recipe.task.transpose}
     datasets = {
-        split: Frames([row["values"] for row in pieces[split]], recipe.task.window if split == "train" else None)
+        split: Frames([row["values"] for row in pieces[split]], **(training if split == "train" else {}))
         for split in splits
     }
     return Prepared(
