@@ -14,7 +14,9 @@ REM_KINDS = ("none", "regular", "first_cyclical", "second_cyclical")
 REM_GATES = ("layer", "head")
 POSITION_EMBEDDINGS = ("none", "sinusoidal")
 LAYER_NORM_TYPES = ("standard", "original")
-INSTANCE_NORMS = ("none", "reversible")
+INSTANCE_NORMS = ("none", "reversible", "last")
+FORECAST_HEADS = ("pooled", "flattened")
+FORECAST_LOSSES = ("mse", "huber")
 
 # Where the Auto classes of a machine without this package find the code, in the Hub repository of a checkpoint.
 AUTO_MAP = {
@@ -165,9 +167,20 @@ class RTransformerConfig(PreTrainedConfig):
         prediction_length (`int`, *optional*): steps that [`RTransformerForTimeSeriesPrediction`] forecasts at once.
         instance_norm (`str`, defaults to `"none"`):
             `"reversible"` brings each channel of a series that is to be forecast to mean 0 and variance 1, and the
-            forecast back (Kim et al. 2022, without affine parameters).
+            forecast back (Kim et al. 2022, without affine parameters); `"last"` takes its last value away, and adds it.
         channel_independent (`bool`, defaults to `False`):
             True: each channel of a series is read and forecast alone, with the same weights; `num_input_features` is 1.
+        context_length (`int`, *optional*): steps of the past that a model which forecasts sees; any number if None.
+        patch_length (`int`, defaults to 1):
+            Consecutive steps of a past that are read as one position, of `patch_length * num_input_features` numbers;
+            the first steps of a past that do not fill one are left out.
+        forecast_head (`str`, defaults to `"pooled"`):
+            The forecast is a linear layer of the last position (`"pooled"`; of the mean if not causal), or of all
+            positions side by side (`"flattened"`, which needs `context_length`).
+        linear_shortcut (`bool`, defaults to `False`):
+            Add a linear map over time, one for all channels, from the past to the horizon, with which the model begins
+            (NLinear of Zeng et al. 2023 with `instance_norm` `"last"`); needs `context_length`.
+        forecast_loss (`str`, defaults to `"mse"`): `"mse"`, or `"huber"` with its corner at 1.
         tie_word_embeddings (`bool`, defaults to `True`): the language model head uses the embedding's weight.
         lm_head_bias (`bool`, defaults to `True`): a bias in the language model head, as the original code has.
         embedding_dropout (`float`, defaults to 0.0): dropout of the embedded input.
@@ -226,6 +239,11 @@ class RTransformerConfig(PreTrainedConfig):
     prediction_length: int | None = None
     instance_norm: str = "none"
     channel_independent: bool = False
+    context_length: int | None = None
+    patch_length: int = 1
+    forecast_head: str = "pooled"
+    linear_shortcut: bool = False
+    forecast_loss: str = "mse"
     tie_word_embeddings: bool = True
     lm_head_bias: bool = True
     embedding_dropout: float | int = 0.0
@@ -292,6 +310,20 @@ class RTransformerConfig(PreTrainedConfig):
         self._require_name("instance_norm", INSTANCE_NORMS)
         if self.channel_independent:
             self._require(self.num_input_features == 1, "num_input_features", "1 with `channel_independent`")
+        self._require_name("forecast_head", FORECAST_HEADS)
+        self._require_name("forecast_loss", FORECAST_LOSSES)
+        self._require(self.patch_length >= 1, "patch_length", "at least 1")
+        if self.context_length is not None:
+            self._require(
+                self.context_length >= self.patch_length,
+                "context_length",
+                f"at least `patch_length` ({self.patch_length}), or None for any",
+            )
+        elif self.forecast_head == "flattened" or self.linear_shortcut:
+            raise ValueError(
+                "`context_length` must be the steps of every past with `forecast_head` 'flattened' or "
+                "`linear_shortcut`, got None"
+            )
         self._validate_rem()
 
     def _validate_rem(self) -> None:

@@ -1,13 +1,14 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
 """The head that forecasts: all steps of the horizon at once, from what the model made of the past."""
 
-# B batch, L steps of the past, P steps of the horizon, C channels, D hidden size
+# B batch, L steps of the past, P steps of the horizon, C channels, N positions (patches of the past), D hidden size
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
@@ -24,7 +25,7 @@ INSTANCE_NORM_EPS = 1e-5  # added to the variance of a channel, which may not ch
 class RTransformerTimeSeriesPredictionOutput(ModelOutput):
     """
     Args:
-        loss: the mean squared error, where `future_values` are given.
+        loss: the mean of the squared error (or of Huber's), where `future_values` are given.
         prediction_outputs (`(B, P, C)`): the forecast.
         hidden_states, attentions: of each block, if they were asked for.
         loc, scale (`(B, 1, C)`): what was taken from the past of each channel, and what it was divided by.
@@ -40,16 +41,21 @@ class RTransformerTimeSeriesPredictionOutput(ModelOutput):
 
 class RTransformerForTimeSeriesPrediction(RTransformerPreTrainedModel):
     """
-    Direct forecasting of `prediction_length` steps: one linear layer from the model's last position (of a bidirectional
-    model: from the mean over the positions) to all steps of all channels.
+    Direct forecasting of `prediction_length` steps: one linear layer from what the model made of the past to all steps
+    of all channels. It takes the model's last position (of a bidirectional model: the mean over the positions), or with
+    `forecast_head="flattened"` all positions.
 
-    With `instance_norm="reversible"` each channel of each past is brought to mean 0 and variance 1, and the forecast
-    back to where it was: the model sees shapes, not levels. Without parameters of its own.
+    | choice | what it does |
+    |---|---|
+    | `instance_norm="reversible"` | each channel to mean 0 and variance 1, the forecast back: no levels are seen |
+    | `instance_norm="last"` | the last value of each channel is taken away, and added to the forecast |
+    | `channel_independent` | each channel is read and forecast alone, with the same weights: any number of them |
+    | `patch_length` | so many steps are one position |
+    | `linear_shortcut` | the blocks learn what a linear map over time, which is learned with them, leaves over |
 
-    With `channel_independent` the model reads and forecasts each channel alone, with the same weights, so it takes any
-    number of them; otherwise it reads and forecasts the `num_input_features` channels together.
-
-    Source of the reversible norm: Kim et al. 2022, "Reversible Instance Normalization" (ICLR 2022), section 2.
+    Sources: Kim et al. 2022, "Reversible Instance Normalization" (ICLR 2022), section 2; Nie et al. 2023, "A Time
+    Series is Worth 64 Words" (ICLR 2023), section 3.1: patches, independent channels, the flattened head; Zeng et al.
+    2023, "Are Transformers Effective for Time Series Forecasting?" (AAAI 2023), section 4: NLinear.
     """
 
     main_input_name = "past_values"
@@ -61,8 +67,20 @@ class RTransformerForTimeSeriesPrediction(RTransformerPreTrainedModel):
             if getattr(config, name) is None:
                 raise ValueError(f"`{name}` must be at least 1 for a model that forecasts, got None")
         self.model = RTransformerModel(config)
-        self.head = nn.Linear(config.hidden_size, config.prediction_length * config.num_input_features)
+        positions = config.context_length // config.patch_length if config.forecast_head == "flattened" else 1
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.head = nn.Linear(positions * config.hidden_size, config.prediction_length * config.num_input_features)
+        self.shortcut = nn.Linear(config.context_length, config.prediction_length) if config.linear_shortcut else None
         self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """As everywhere, but a shortcut begins as the mean of the past, and the head beside it with nothing."""
+        super()._init_weights(module)
+        if self.shortcut is not None and module is self.shortcut:
+            init.constant_(module.weight, 1 / module.in_features)
+        elif self.shortcut is not None and module is self.head:
+            init.zeros_(module.weight)
 
     @can_return_tuple
     def forward(
@@ -75,11 +93,13 @@ class RTransformerForTimeSeriesPrediction(RTransformerPreTrainedModel):
         """
         Args:
             past_values (`(B, L, C)`): the past of each channel.
-            attention_mask (`(B, L)`, *optional*): 0 where a shorter past is padded, on either side.
+            attention_mask (`(B, L)`, *optional*):
+                0 where a shorter past is padded, on either side; not with `context_length`, which is that of every
+                past, and not with `patch_length` above 1.
             future_values (`(B, P, C)`, *optional*): what came then.
 
         Returns:
-            `prediction_outputs` `(B, P, C)`, with `future_values` also the `loss`, their mean squared error.
+            `prediction_outputs` `(B, P, C)`, with `future_values` also the `loss`.
 
         Raises:
             ValueError: values of another shape than the config asks for.
@@ -87,21 +107,26 @@ class RTransformerForTimeSeriesPrediction(RTransformerPreTrainedModel):
         self._check(past_values, attention_mask, future_values)
         batch, length, channels = past_values.shape
         loc, scale = self._instance_statistics(past_values, attention_mask)
-        values = (past_values - loc) / scale
-        if self.config.channel_independent:
-            values = values.transpose(1, 2).reshape(batch * channels, length, 1)
-            if attention_mask is not None:
-                attention_mask = attention_mask.repeat_interleave(channels, dim=0)
+        normal = (past_values - loc) / scale
+        values, mask = self._positions(normal, attention_mask)
         outputs: BaseModelOutputWithPast = self.model(
-            input_values=values, attention_mask=attention_mask, use_cache=False, **kwargs
+            input_values=values, attention_mask=mask, use_cache=False, **kwargs
         )
-        steps = self.head(pool(outputs.last_hidden_state, attention_mask, self.config.is_causal))
+        if self.config.forecast_head == "flattened":
+            features = outputs.last_hidden_state.flatten(1)  # (B, N D)
+        else:
+            features = pool(outputs.last_hidden_state, mask, self.config.is_causal)  # (B, D)
+        steps = self.head(self.dropout(features))
         if self.config.channel_independent:
             steps = steps.view(batch, channels, -1).transpose(1, 2)
-        prediction = steps.reshape(batch, self.config.prediction_length, channels) * scale + loc
+        steps = steps.reshape(batch, self.config.prediction_length, channels)
+        if self.shortcut is not None:
+            steps = steps + self.shortcut(normal.transpose(1, 2)).transpose(1, 2)
+        prediction = steps * scale + loc
         loss = None
         if future_values is not None:
-            loss = F.mse_loss(prediction.float(), future_values.to(prediction.device).float())
+            criterion = F.huber_loss if self.config.forecast_loss == "huber" else F.mse_loss
+            loss = criterion(prediction.float(), future_values.to(prediction.device).float())
         return RTransformerTimeSeriesPredictionOutput(
             loss=loss,
             prediction_outputs=prediction,
@@ -111,12 +136,29 @@ class RTransformerForTimeSeriesPrediction(RTransformerPreTrainedModel):
             scale=scale,
         )
 
+    def _positions(
+        self, values: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the model reads, `(B, N, patch_length C)`, of single channels `(B C, N, patch_length)`; its mask."""
+        patch, channels = self.config.patch_length, values.shape[2]
+        if self.config.channel_independent:
+            values = values.transpose(1, 2).flatten(0, 1)[..., None]  # (B C, L, 1)
+            if attention_mask is not None:
+                attention_mask = attention_mask.repeat_interleave(channels, dim=0)
+        if patch > 1:
+            values = values[:, values.shape[1] % patch :].unflatten(1, (-1, patch)).flatten(2)
+            attention_mask = None  # checked: all ones
+        return values, attention_mask
+
     def _instance_statistics(
         self, values: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of each channel over its real steps, both `(B, 1, C)`; 0 and 1 without a norm."""
+        """What is taken from each channel and what it is divided by, both `(B, 1, C)`; 0 and 1 without a norm."""
         if self.config.instance_norm == "none":
             return torch.zeros_like(values[:, :1]), torch.ones_like(values[:, :1])
+        if self.config.instance_norm == "last":
+            last = pool(values.detach(), attention_mask, is_causal=True)[:, None]
+            return last, torch.ones_like(last)
         exact = values.detach().to(torch.promote_types(values.dtype, torch.float32))
         real = torch.ones_like(exact[..., :1]) if attention_mask is None else attention_mask[..., None].to(exact)
         count = real.sum(1, keepdim=True).clamp(min=1)
@@ -133,6 +175,14 @@ class RTransformerForTimeSeriesPrediction(RTransformerPreTrainedModel):
             raise ValueError(
                 f"`attention_mask` must have the shape (batch, length) = {tuple(past.shape[:2])}, "
                 f"got {tuple(attention_mask.shape)}"
+            )
+        length, patch = self.config.context_length, self.config.patch_length
+        if past.shape[1] != length and length is not None or past.shape[1] < patch:
+            name, steps = ("context_length", length) if length is not None else ("patch_length", f"{patch} or more")
+            raise ValueError(f"`past_values` must have `{name}` = {steps} steps, got {past.shape[1]}")
+        if attention_mask is not None and (length is not None or patch > 1) and not attention_mask.all():
+            raise ValueError(
+                "`attention_mask` must be all ones with `context_length` or `patch_length` above 1, got zeros"
             )
         wanted = (past.shape[0], self.config.prediction_length, past.shape[2])
         if future is not None and tuple(future.shape) != wanted:

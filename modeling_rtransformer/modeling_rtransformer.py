@@ -117,7 +117,7 @@ class RTransformerModel(RTransformerPreTrainedModel):
         if config.num_input_features is None:
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         else:
-            self.embed_values = nn.Linear(config.num_input_features, config.hidden_size)
+            self.embed_values = nn.Linear(config.num_input_features * config.patch_length, config.hidden_size)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(
             RTransformerBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
@@ -258,7 +258,9 @@ class RTransformerModel(RTransformerPreTrainedModel):
         if features is None:
             widths["input_ids"] = None
         else:
-            widths["input_values"] = ("num_input_features", features)
+            patch = self.config.patch_length
+            field = "num_input_features" if patch == 1 else "num_input_features * patch_length"
+            widths["input_values"] = (field, features * patch)
         if len(given) != 1 or not given.keys() <= widths.keys():
             raise ValueError(
                 f"exactly one of {' and '.join(f'`{name}`' for name in widths)} must be given "

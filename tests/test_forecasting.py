@@ -244,7 +244,7 @@ def test_a_channel_that_never_changes_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["ett", "ett-linear"])
 def test_the_recipes_of_the_repository_start_with_another_horizon(tmp_path, name):
     file = json.dumps(str(write_waves(tmp_path, 400)))
-    settings = [f"data.file={file}", "data.dataset=table", "task.prediction_length=7", "task.context_length=20"]
+    settings = [f"data.file={file}", "data.dataset=table", "task.prediction_length=7", "task.context_length=40"]
     settings += ["training.max_steps=2", "training.use_cpu=true"]
     result = train.main([name, "--output-dir", str(tmp_path / "run"), *[p for s in settings for p in ("--set", s)]])
     assert result["steps"] == 2 and 0 < result["metrics"]["test"]["mse"] < 10

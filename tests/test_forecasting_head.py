@@ -82,6 +82,75 @@ def test_independent_channels_do_not_see_each_other_and_share_their_weights(vari
     assert not torch.allclose(*first)
 
 
+FIXED = {"context_length": 17, "forecast_head": "flattened", "linear_shortcut": True, "patch_length": 4}
+
+
+@pytest.mark.parametrize("independent", [False, True], ids=["together", "independent"])
+def test_patches_are_consecutive_steps_and_the_first_that_fill_none_are_left_out(variant, independent):
+    features = 1 if independent else CHANNELS
+    model = forecaster(
+        variant, patch_length=4, channel_independent=independent, num_input_features=features, instance_norm="none"
+    )
+    past = torch.randn(2, 18, CHANNELS)
+    forecast = model(past_values=past).prediction_outputs
+    torch.testing.assert_close(forecast, model(past_values=past[:, 2:]).prediction_outputs, **CLOSE)
+    rows = [past[:, 2:]] if not independent else [past[:, 2:, channel, None] for channel in range(CHANNELS)]
+    by_hand = [torch.cat([row[:, step : step + 4].flatten(1)[:, None] for step in (0, 4, 8, 12)], 1) for row in rows]
+    states = [model.model(input_values=values).last_hidden_state[:, -1] for values in by_hand]
+    steps = torch.cat([model.head(state).view(2, STEPS, features) for state in states], -1)
+    torch.testing.assert_close(forecast, steps, **CLOSE)
+
+
+def test_a_flattened_head_sees_every_position(variant):
+    model = forecaster(variant, context_length=8, forecast_head="flattened").double()
+    past = torch.randn(1, 8, CHANNELS, dtype=torch.float64)
+    states = model.model(input_values=(past - past.mean(1)) / (past.var(1, unbiased=False) + 1e-5).sqrt())
+    steps = model.head(states.last_hidden_state.flatten(1)).view(1, STEPS, CHANNELS)
+    output = model(past_values=past)
+    torch.testing.assert_close(output.prediction_outputs, steps * output.scale + output.loc, **CLOSE)
+
+
+@pytest.mark.parametrize("instance_norm", ["none", "reversible", "last"])
+def test_a_model_with_a_shortcut_begins_with_the_mean_of_the_past_and_adds_to_a_linear_map(instance_norm):
+    model = forecaster(instance_norm=instance_norm, **FIXED).double()
+    past = torch.randn(2, 17, CHANNELS, dtype=torch.float64)
+    mean = past.mean(1, keepdim=True).expand(-1, STEPS, -1)
+    torch.testing.assert_close(model(past_values=past).prediction_outputs, mean, rtol=1e-4, atol=1e-4)
+    torch.nn.init.normal_(model.shortcut.weight)
+    output = model(past_values=past)
+    steps = torch.einsum("pl,blc->bpc", model.shortcut.weight, (past - output.loc) / output.scale)
+    torch.testing.assert_close(output.prediction_outputs, steps * output.scale + output.loc, **CLOSE)
+    torch.nn.init.normal_(model.head.weight)
+    assert not torch.allclose(model(past_values=past).prediction_outputs, output.prediction_outputs)
+
+
+def test_the_last_value_can_be_what_a_forecast_starts_from():
+    model = forecaster(instance_norm="last").double()
+    past, level = torch.randn(1, 9, CHANNELS, dtype=torch.float64), torch.tensor([5.0, -1.0, 0.5]).double()
+    before, after = (model(past_values=values) for values in (past, past + level))
+    torch.testing.assert_close(after.prediction_outputs, before.prediction_outputs + level, **CLOSE)
+    torch.testing.assert_close(before.loc, past[:, -1:])
+    padded = torch.cat([past, torch.full((1, 2, CHANNELS), 9.0).double()], 1)
+    mask = torch.tensor([[1] * 9 + [0] * 2])
+    together = model(past_values=padded, attention_mask=mask)
+    torch.testing.assert_close(together.prediction_outputs, before.prediction_outputs, **CLOSE)
+
+
+def test_the_huber_loss_is_torchs():
+    model = forecaster(forecast_loss="huber")
+    past, future = torch.randn(2, 9, CHANNELS), 5 * torch.randn(2, STEPS, CHANNELS)
+    output = model(past_values=past, future_values=future)
+    torch.testing.assert_close(output.loss, torch.nn.functional.huber_loss(output.prediction_outputs, future))
+
+
+def test_every_parameter_learns_with_a_shortcut_once_the_head_has_begun(variant):
+    model = forecaster(variant, is_causal=False, **FIXED).train()
+    torch.nn.init.normal_(model.head.weight)
+    model(past_values=torch.randn(2, 17, CHANNELS), future_values=torch.randn(2, STEPS, CHANNELS)).loss.backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.head.parameters())
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
 def test_every_parameter_learns(variant):
     model = forecaster(variant, is_causal=False).train()
     model(past_values=torch.randn(2, 9, CHANNELS), future_values=torch.randn(2, STEPS, CHANNELS)).loss.backward()
@@ -103,8 +172,14 @@ def test_a_saved_model_is_loaded_by_its_auto_class(variant, tmp_path):
         ({"prediction_length": None}, "`prediction_length` must be at least 1 for a model that forecasts, got None"),
         ({"num_input_features": None}, "`num_input_features` must be at least 1 for a model that forecasts, got None"),
         ({"prediction_length": 0}, "`prediction_length` must be at least 1, or None .* got 0"),
-        ({"instance_norm": "revin"}, "`instance_norm` must be one of none, reversible, got 'revin'"),
+        ({"instance_norm": "revin"}, "`instance_norm` must be one of none, reversible, last, got 'revin'"),
         ({"channel_independent": True}, "`num_input_features` must be 1 with `channel_independent`, got 3"),
+        ({"forecast_head": "flattened"}, "`context_length` must be the steps of every past with .* got None"),
+        ({"linear_shortcut": True}, "`context_length` must be the steps of every past with .* got None"),
+        ({"context_length": 3, "patch_length": 4}, r"`context_length` must be at least `patch_length` \(4\).* got 3"),
+        ({"patch_length": 0}, "`patch_length` must be at least 1, got 0"),
+        ({"forecast_head": "flat"}, "`forecast_head` must be one of pooled, flattened, got 'flat'"),
+        ({"forecast_loss": "hubert"}, "`forecast_loss` must be one of mse, huber, got 'hubert'; did you mean `huber`"),
     ],
 )
 def test_a_wrong_config_is_refused(fields, message):
@@ -131,6 +206,20 @@ def test_a_wrong_config_is_refused(fields, message):
 def test_input_of_another_shape_is_refused(inputs, message):
     with pytest.raises(ValueError, match=message):
         forecaster()(**inputs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "steps", "mask", "message"),
+    [
+        ({"context_length": 9}, 8, None, "`past_values` must have `context_length` = 9 steps, got 8"),
+        ({"patch_length": 9}, 8, None, "`past_values` must have `patch_length` = 9 or more steps, got 8"),
+        ({"patch_length": 4}, 8, torch.tensor([[0] + [1] * 7] * 2), "`attention_mask` must be all ones with"),
+        ({"context_length": 8}, 8, torch.tensor([[0] + [1] * 7] * 2), "`attention_mask` must be all ones with"),
+    ],
+)
+def test_pasts_of_fixed_length_are_not_padded(fields, steps, mask, message):
+    with pytest.raises(ValueError, match=message):
+        forecaster(**fields)(past_values=torch.ones(2, steps, CHANNELS), attention_mask=mask)
 
 
 def test_a_config_without_a_horizon_is_that_of_every_other_head():

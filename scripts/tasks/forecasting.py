@@ -70,6 +70,8 @@ def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
     config = recipe.config()
     channels = series["train"].shape[1]
     found = {**lengths, "num_input_features": 1 if getattr(config, "channel_independent", False) else channels}
+    if getattr(config, "context_length", None) is None:  # a model that takes pasts of any length
+        del found["context_length"]
     return Prepared(
         auto_class=AutoModelForTimeSeriesPrediction,
         config_values={name: value for name, value in found.items() if hasattr(config, name)},
