@@ -66,6 +66,18 @@ def make_layer_norm(config: RTransformerConfig) -> nn.LayerNorm:
     return layer_norm(config.hidden_size, eps=config.layer_norm_eps)
 
 
+def wait_for_offloaded(past_key_values: Cache | None, layer_idx: int, device: torch.device) -> None:
+    """
+    Have what an offloading cache keeps for a block back on its device before the block reads it.
+
+    The cache brings it back on a stream of its own and waits for that stream when keys and values are added, which is
+    after the windows were read; in a model of one block it does not wait at all.
+    """
+    if past_key_values is not None and past_key_values.offloading and layer_idx < len(past_key_values.layers):
+        torch.cuda.current_stream(device).wait_stream(past_key_values.prefetch_stream)
+        past_key_values.layers[layer_idx].prefetch()
+
+
 class RTransformerLocalRNN(nn.Module):
     """
     LocalRNN sublayer: padding and the cached window before the LocalRNN; in a bidirectional model the sum of two, the
@@ -224,6 +236,7 @@ class RTransformerBlock(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
+        wait_for_offloaded(past_key_values, self.self_attn.layer_idx, hidden_states.device)
         for norm, local_rnn in zip(self.local_rnn_norms, self.local_rnns):
             update = local_rnn(norm(hidden_states), padding_mask, segment_ids, past_key_values)
             hidden_states = hidden_states + self.dropout(update)

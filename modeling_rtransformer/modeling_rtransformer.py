@@ -236,6 +236,13 @@ class RTransformerModel(RTransformerPreTrainedModel):
                 "`past_key_values` must have room for the LocalRNNs' windows, as `DynamicCache(config=model.config)` "
                 f"has, got a {type(past_key_values).__name__} of keys and values alone"
             )
+        if (
+            past_key_values.offloading and past_key_values.is_linear[0]
+        ):  # so Transformers takes static layers with windows
+            raise ValueError(
+                "an offloaded static cache has no room for the LocalRNNs' windows in Transformers; use "
+                "`cache_implementation` 'offloaded', or 'static' without offloading"
+            )
         past_length = past_key_values.get_seq_length(0)
         if isinstance(past_length, int) and past_length > 0 and not past_key_values.has_previous_state(0):
             raise ValueError(

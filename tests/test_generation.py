@@ -1,10 +1,13 @@
 """`generate` in all its ways, for LocalRNN windows, REMs and both."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
 from packaging.version import Version
 from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from modeling_rtransformer import RTransformerForCausalLM
 from tests.conftest import tiny_config
@@ -173,10 +176,75 @@ def test_a_quantized_cache_is_refused_where_there_are_windows():
         causal_lm("gru").generate(prompt(1, 6), cache_implementation="quantized", **GREEDY)
 
 
+class Stream:
+    """
+    Stands in for a CUDA stream: copies that are asked for inside it arrive when another stream waits for it.
+    """
+
+    open, copies = False, []  # of the one stream beside the default one
+
+    def __enter__(self):
+        Stream.open = True
+
+    def __exit__(self, *error):
+        Stream.open = False
+
+    def wait_stream(self, other):
+        while Stream.copies:
+            Stream.copies.pop()()
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_what_is_offloaded_is_back_before_it_is_read(variant, cache, layers, monkeypatch):
+    """What a GPU does, played on a CPU: an offloaded layer holds NaN until its prefetch has been waited for."""
+    away = {}
+
+    def tensors(layer):
+        states = [(layer.conv_states, index) for index in getattr(layer, "conv_states", {})]
+        return [(vars(layer), "keys"), (vars(layer), "values"), *states]
+
+    def offload(layer):
+        for place, name in tensors(layer):
+            if place[name] is not None and (id(layer), name) not in away:
+                away[id(layer), name] = place[name]
+                place[name] = torch.full_like(place[name], torch.nan)
+
+    def prefetch(layer):
+        for place, name in tensors(layer):
+            content = away.pop((id(layer), name), None)
+            if content is not None:
+                arrive = partial(place.__setitem__, name, content)
+                Stream.copies.append(arrive) if Stream.open else arrive()
+
+    def layers_of(cls):
+        return [cls, *(below for child in cls.__subclasses__() for below in layers_of(child))]
+
+    model, ids = causal_lm(variant, num_hidden_layers=layers, rem_layers=None), prompt(2, 6)
+    options = {**GREEDY, "disable_compile": True}
+    expected = model.generate(ids, **options).tolist()
+    monkeypatch.setattr(torch, "Stream", Stream)
+    for name in ("default_stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda device=None: Stream())
+    for cls in {*layers_of(CacheLayerMixin), *layers_of(LinearAttentionCacheLayerMixin)}:
+        monkeypatch.setattr(cls, "offload", offload)
+        monkeypatch.setattr(cls, "prefetch", prefetch)
+    if cache == "offloaded_static" and "hybrid" in model.config.layer_types:
+        with pytest.raises(ValueError, match="offloaded static cache has no room .* use `cache_implementation` 'offlo"):
+            model.generate(ids, cache_implementation=cache, **options)
+        return
+    assert model.generate(ids, cache_implementation=cache, **options).tolist() == expected
+    assert away or Stream.copies  # it was offloaded
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
 def test_an_offloaded_cache_changes_nothing(variant, cache):
     model, ids = causal_lm(variant).cuda(), prompt(2, 6).cuda()
+    if cache == "offloaded_static" and "hybrid" in model.config.layer_types:
+        with pytest.raises(ValueError, match="offloaded static cache has no room"):
+            model.generate(ids, cache_implementation=cache, **GREEDY)
+        return
     assert model.generate(ids, cache_implementation=cache, **GREEDY).tolist() == model.generate(ids, **GREEDY).tolist()
 
 
