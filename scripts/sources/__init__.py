@@ -6,7 +6,7 @@ A source has `Options`, a frozen dataclass of its settings in `[data]`, and `loa
 `values` for a sequence that is its own label; any names for the channels of a series, one row a time step.
 """
 
-from scripts.sources import digits, files, hub, piano_roll, stdlib_code, time_series
+from scripts.sources import digits, files, hub, piano_roll, regular_languages, stdlib_code, time_series
 
 
 SOURCES = {
@@ -16,4 +16,5 @@ SOURCES = {
     "hub": hub,
     "piano_roll": piano_roll,
     "time_series": time_series,
+    "regular_languages": regular_languages,
 }
