@@ -170,7 +170,7 @@ def test_a_string_is_right_if_all_of_its_positions_are():
 
 SMALL = [
     "data.train=600", "data.validation=60", "data.test=80", "training.use_cpu=true", "training.disable_tqdm=true",
-    "training.max_steps=80", "training.eval_steps=40", "training.save_steps=40", "model.hidden_size=16",
+    "training.max_steps=60", "training.eval_steps=30", "training.save_steps=30", "model.local_window=3",
 ]  # fmt: skip
 
 
