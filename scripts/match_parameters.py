@@ -82,13 +82,18 @@ def match(
         prepared: the recipe's data; a baseline learns from the same.
 
     Raises:
-        ValueError: no width comes within `tolerance` (a share) of `parameters`.
+        ValueError: no width comes within `tolerance` (a share) of `parameters`, or, of a model so small that one more
+            unit of width is a larger share, within half of that.
     """
     baseline = read_recipe(recipe, overrides)
     config = baseline.config()
     heads = getattr(config, "num_attention_heads", 1)
     step = math.lcm(heads, 2) if getattr(config, "position_embedding", None) == "sinusoidal" else heads
-    width = nearest_width(lambda width: count_parameters(baseline, prepared, hidden_size=width), parameters, step)
+
+    def count(width: int) -> int:
+        return count_parameters(baseline, prepared, hidden_size=width)
+
+    width = nearest_width(count, parameters, step)
     found = {"hidden_size": width}
     if hasattr(config, "intermediate_size"):
         inner = baseline.config(**found).intermediate_size
@@ -97,7 +102,7 @@ def match(
         )
         found["intermediate_size"] = max(1, inner + round((parameters - first) / (second - first)))
     total = count_parameters(baseline, prepared, **found)
-    if abs(total - parameters) > tolerance * parameters:
+    if abs(total - parameters) > max(tolerance * parameters, (count(width + step) - count(width)) / 2):
         raise ValueError(
             f"no `hidden_size` gives the baseline {parameters} parameters within {tolerance:.0%}; "
             f"the nearest, {width}, gives {total}"

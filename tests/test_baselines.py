@@ -233,6 +233,17 @@ class TestEqualParameters:
             arguments += ["--set", "training.max_steps=1", "--output-dir", str(tmp_path / name)]
             assert train.main([str(recipe), *arguments])["parameters"] == entry["parameters"]
 
+    def test_a_small_model_may_miss_by_half_a_unit_of_its_width(self, recipe):
+        prepared = read_recipe(recipe).prepare(None, ("train",))
+        overrides = read_baselines(recipe)["gru"]
+        counts = [
+            match_parameters.count_parameters(read_recipe(recipe, overrides), prepared, hidden_size=width)
+            for width in (4, 5)
+        ]
+        target = counts[0] + (counts[1] - counts[0]) // 3
+        assert (target - counts[0]) / target > 0.02
+        assert match(recipe, overrides, target, prepared) == ((*overrides, "model.hidden_size=4"), counts[0])
+
     def test_overrides_of_the_recipe_hold_for_its_baselines(self, recipe):
         table = match_all(recipe, ("model.hidden_size=60", "task.window=25"))
         assert all("task.window=25" in entry["overrides"] for entry in table.values())

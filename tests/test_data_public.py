@@ -2,7 +2,10 @@
 
 import gzip
 import hashlib
+import json
+import shutil
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from scripts import train
 from scripts.budget import EpochDrops
 from scripts.hub_folder import public_recipe, public_results
 from scripts.recipe import read_recipe
-from scripts.sources import mnist, penn_treebank
+from scripts.sources import mnist, penn_treebank, wikipedia
 from scripts.sources.download import local_or_downloaded
 from scripts.tasks.language_modeling import Options as LanguageModeling
 from scripts.windows import IGNORED
@@ -148,6 +151,56 @@ class TestMnist:
     def test_the_published_files_have_the_published_sizes(self):
         images, labels = mnist._read(str(REAL / "mnist"), "t10k")
         assert images.shape == (10_000, 784) and np.bincount(labels).tolist()[:3] == [980, 1135, 1032]
+
+
+class TestWikipedia:
+    TEXT = "".join(f"<p>{n * 7919 % 10007} wölfe</p>\n" for n in range(400))
+
+    def archive(self, folder: Path) -> Path:
+        with zipfile.ZipFile(folder / "enwik8.zip", "w") as file:
+            file.writestr("enwik8", self.TEXT)
+        return folder / "enwik8.zip"
+
+    def test_every_byte_is_a_character_and_the_splits_are_90_5_5(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(wikipedia, "DOCUMENT", 1000)
+        content, texts = self.TEXT.encode("utf-8"), {}
+        (tmp_path / "plain").write_bytes(content)
+        for file in (self.archive(tmp_path), tmp_path / "plain"):
+            splits = wikipedia.load(wikipedia.Options("wikipedia", "enwik8", str(file)))
+            texts = {split: "".join(rows["text"]).encode("latin-1") for split, rows in splits.items()}
+            assert b"".join(texts.values()) == content
+            assert len(texts["test"]) == len(texts["validation"]) == len(content) // 20
+            assert {len(text) for text in splits["train"]["text"][:-1]} == {1000}
+        few = wikipedia.load(wikipedia.Options("wikipedia", "enwik8", str(tmp_path / "plain"), max_train_bytes=1500))
+        assert "".join(few["train"]["text"]).encode("latin-1") == content[:1500]
+        assert few["test"]["text"] == splits["test"]["text"]
+
+    def test_an_archive_of_several_files_is_refused(self, tmp_path):
+        with zipfile.ZipFile(self.archive(tmp_path), "a") as file:
+            file.writestr("more", "x")
+        with pytest.raises(ValueError, match="`data.file` 'enwik8.zip' must hold one file, got enwik8, more"):
+            wikipedia.load(wikipedia.Options("wikipedia", "enwik8", str(tmp_path / "enwik8.zip")))
+
+    @pytest.mark.parametrize("name", ["enwik8", "text8", "wikitext-103"])
+    def test_its_recipes_start_and_resume(self, tmp_path, name):
+        settings = ["model.num_hidden_layers=1", "training.bf16=false", "task.window=65", "task.eval_window=65"]
+        settings += ["task.eval_stride=32", "training.max_steps=4", "training.save_strategy=steps"]
+        settings += ["training.save_steps=2", "training.learning_rate=1e-2", "training.logging_steps=1"]
+        if name == "wikitext-103":
+            (tmp_path / "data").mkdir()
+            for split in ("train", "validation", "test"):
+                lines = "".join(f'{{"text": " = {n} =  the cat {n % 3} "}}\n' for n in range(60))
+                (tmp_path / "data" / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+            settings += [f"data.dataset={tmp_path / 'data'}", "data.config=default"]
+        else:
+            settings += [f"data.file={self.archive(tmp_path)}"]
+        whole = run(name, tmp_path / "run", *settings)
+        shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "again" / "checkpoint-2")
+        arguments = [part for setting in (*QUICK, *settings) for part in ("--set", setting)]
+        resumed = train.main([name, "--output-dir", str(tmp_path / "again"), "--resume", *arguments])
+        assert resumed["metrics"]["test"] == pytest.approx(whole["metrics"]["test"], rel=1e-5)
+        losses = json.loads((tmp_path / "again" / "final" / "curve.json").read_text())["training"]
+        assert losses[-1]["loss"] < losses[0]["loss"]
 
 
 def test_copies_anywhere_below_the_data_folder_are_found_by_their_names(tmp_path, monkeypatch):

@@ -13,8 +13,10 @@ from scripts.sources import (
     mnist,
     penn_treebank,
     piano_roll,
+    regular_languages,
     stdlib_code,
     time_series,
+    wikipedia,
 )
 
 
@@ -27,4 +29,6 @@ SOURCES = {
     "penn_treebank": penn_treebank,
     "piano_roll": piano_roll,
     "time_series": time_series,
+    "wikipedia": wikipedia,
+    "regular_languages": regular_languages,
 }

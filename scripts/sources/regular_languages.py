@@ -1,0 +1,167 @@
+"""
+Regular languages, each sampled from its automaton. Needs no download.
+
+One example is a string of the language, `text`.
+
+| language | its strings |
+|---|---|
+| `tomita-1` | 1* |
+| `tomita-2` | (10)* |
+| `tomita-3` | no odd run of 0s right after an odd run of 1s |
+| `tomita-4` | no 000 |
+| `tomita-5` | an even number of 0s and an even number of 1s |
+| `tomita-6` | as many 0s as 1s, modulo 3 |
+| `tomita-7` | 0*1*0*1* |
+| `parity` | 0s and 1s, an even number of 1s |
+| `aa-star`, `abab-star` | (aa)*, (abab)* |
+| `d-2`, `d-4`, `d-12` | D_n = (a D_(n-1) b)* with D_0 the empty string: brackets at most n deep |
+
+Training strings are 2 to 50 long. Validation and test have two bins of equal size, 2 to 50 and 51 to 100. In each bin
+all lengths that the language has get equal shares, and a string is drawn uniformly from all those of its length. Where
+the language has at least four times as many strings of a length as are drawn, these are distinct and in one split only;
+of the short lengths, and of languages like 1* with one string of a length, strings repeat, within and across splits.
+
+Source: Bhattamishra, Ahuja, Goyal 2020, "On the Ability and Limitations of Transformers to Recognize Formal Languages"
+(arXiv 2009.11264), section 4 and appendix.
+"""
+
+# Q states, S symbols of the alphabet, N steps still to go
+
+import dataclasses
+from typing import Literal, NamedTuple
+
+import numpy as np
+from datasets import Dataset, DatasetDict
+
+
+END = "<end>"
+BINS = ((2, 50), (51, 100))
+AMPLE = 4  # a length has ample strings if there are so many times as are drawn
+
+Language = Literal[
+    "tomita-1", "tomita-2", "tomita-3", "tomita-4", "tomita-5", "tomita-6", "tomita-7",
+    "parity", "aa-star", "abab-star", "d-2", "d-4", "d-12",
+]  # fmt: skip
+
+
+class Automaton(NamedTuple):
+    """
+    A deterministic automaton that starts in state 0. `transitions[q]` has the state after each symbol that may follow
+    in state q; from every state an accepting one can be reached, so whatever has no transition is not legal.
+    """
+
+    alphabet: str
+    transitions: tuple[dict[str, int], ...]
+    accepting: frozenset[int]
+
+    def next_symbols(self, text: str) -> np.ndarray:
+        """After each position of a string of the language, what may follow: `(len(text), S + 1)`, bool, end last."""
+        state, rows = 0, []
+        for symbol in text:
+            state = self.transitions[state][symbol]
+            rows.append([*(other in self.transitions[state] for other in self.alphabet), state in self.accepting])
+        return np.array(rows)
+
+    def completions(self, longest: int) -> np.ndarray:
+        """How many strings of N more symbols lead from a state to an accepting one: `(longest + 1, Q)`."""
+        counts = np.zeros((longest + 1, len(self.transitions)))
+        counts[0, list(self.accepting)] = 1
+        for steps in range(1, longest + 1):
+            for state, following in enumerate(self.transitions):
+                counts[steps, state] = sum(counts[steps - 1, after] for after in following.values())
+        return counts
+
+    def sample(self, length: int, count: int, completions: np.ndarray, rng: np.random.Generator) -> list[str]:
+        """So many strings, each drawn uniformly from those of a length, which the language must have."""
+        after = np.array([[row.get(symbol, -1) for symbol in self.alphabet] for row in self.transitions])  # (Q, S)
+        states, symbols = np.zeros(count, dtype=int), np.zeros((count, length), dtype=int)
+        for place in range(length):  # each symbol in proportion to the strings that it can become
+            weights = np.where(after >= 0, completions[length - place - 1, after], 0)
+            shares = weights.cumsum(axis=1) / weights.sum(axis=1, keepdims=True).clip(min=1)
+            symbols[:, place] = (rng.random(count)[:, None] >= shares[states]).sum(axis=1)
+            states = after[states, symbols[:, place]]
+        return ["".join(self.alphabet[symbol] for symbol in row) for row in symbols.tolist()]
+
+
+def brackets(depth: int) -> Automaton:
+    """D_n: the state is how many brackets are open."""
+    transitions = [{"a": 1}, *({"a": n + 1, "b": n - 1} for n in range(1, depth)), {"b": depth - 1}]
+    return Automaton("ab", tuple(transitions), frozenset({0}))
+
+
+AUTOMATA: dict[str, Automaton] = {
+    "tomita-1": Automaton("01", ({"1": 0},), frozenset({0})),
+    "tomita-2": Automaton("01", ({"1": 1}, {"0": 0}), frozenset({0})),
+    # an even run of 1s (or none) and what follows; an odd run; an odd, an even run of 0s after that
+    "tomita-3": Automaton("01", ({"0": 0, "1": 1}, {"0": 2, "1": 0}, {"0": 3}, {"0": 2, "1": 1}), frozenset({0, 1, 3})),
+    "tomita-4": Automaton("01", ({"0": 1, "1": 0}, {"0": 2, "1": 0}, {"1": 0}), frozenset({0, 1, 2})),
+    "tomita-5": Automaton(
+        "01", ({"0": 1, "1": 2}, {"0": 0, "1": 3}, {"0": 3, "1": 0}, {"0": 2, "1": 1}), frozenset({0})
+    ),
+    "tomita-6": Automaton("01", ({"0": 1, "1": 2}, {"0": 2, "1": 0}, {"0": 0, "1": 1}), frozenset({0})),
+    "tomita-7": Automaton(
+        "01", ({"0": 0, "1": 1}, {"0": 2, "1": 1}, {"0": 2, "1": 3}, {"1": 3}), frozenset({0, 1, 2, 3})
+    ),
+    "parity": Automaton("01", ({"0": 0, "1": 1}, {"0": 1, "1": 0}), frozenset({0})),
+    "aa-star": Automaton("a", ({"a": 1}, {"a": 0}), frozenset({0})),
+    "abab-star": Automaton("ab", ({"a": 1}, {"b": 2}, {"a": 3}, {"b": 0}), frozenset({0})),
+    "d-2": brackets(2),
+    "d-4": brackets(4),
+    "d-12": brackets(12),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """
+    Args:
+        language: one of the table above.
+        train: training strings.
+        validation, test: strings of each of the two bins.
+        seed: of the draws.
+    """
+
+    source: str
+    language: Language
+    train: int = 10_000
+    validation: int = 1_000
+    test: int = 2_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("train", "validation", "test"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`data.{name}` must be at least 1, got {getattr(self, name)}")
+
+
+def load(options: Options) -> DatasetDict:
+    """Draw the strings of all splits."""
+    automaton = AUTOMATA[options.language]
+    rng = np.random.default_rng(options.seed)
+    short, long = BINS
+    drawn = draw(automaton, short, (options.train, options.validation, options.test), rng)
+    strings = dict(zip(("train", "validation", "test"), drawn, strict=True))
+    for split, texts in zip(("validation", "test"), draw(automaton, long, (options.validation, options.test), rng)):
+        strings[split] = strings[split] + texts
+    return DatasetDict({split: Dataset.from_dict({"text": texts}) for split, texts in strings.items()})
+
+
+def draw(
+    automaton: Automaton, lengths: tuple[int, int], counts: tuple[int, ...], rng: np.random.Generator
+) -> list[list[str]]:
+    """For each of the counts so many strings of the lengths in a bin, shortest first."""
+    completions = automaton.completions(lengths[1])
+    possible = [length for length in range(lengths[0], lengths[1] + 1) if completions[length, 0] > 0]
+    splits: list[list[str]] = [[] for _ in counts]
+    for index, length in enumerate(possible):
+        shares = [count // len(possible) + (index < count % len(possible)) for count in counts]
+        distinct = completions[length, 0] >= AMPLE * sum(shares)
+        seen: set[str] = set()
+        for texts, share in zip(splits, shares, strict=True):
+            wanted = len(texts) + share
+            while len(texts) < wanted:
+                for text in automaton.sample(length, wanted - len(texts), completions, rng):
+                    if not (distinct and text in seen):
+                        texts.append(text)
+                        seen.add(text)
+    return splits

@@ -1,0 +1,115 @@
+"""
+Next symbols: after each symbol of a string of a formal language, the set of those that may follow.
+
+The model reads the string and gives each symbol, and the end of the string, a yes or no at every position (a logit
+above zero is a yes). A string is right if all of them are, at all its positions.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModelForAudioFrameClassification, EvalPrediction
+
+from modeling_rtransformer.configuration_rtransformer import nearest
+from scripts.metrics import load_metric
+from scripts.sources.regular_languages import AUTOMATA, BINS, END, Automaton
+from scripts.tasks.prepared import Prepared
+
+
+METRICS = ("string_accuracy", "string_accuracy_long", "nats_per_frame")
+IGNORED = -100
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """No settings."""
+
+    name: str
+
+
+def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
+    """Number the symbols of the strings."""
+    _check(recipe)
+    strings = recipe.load_data()
+    automaton = AUTOMATA[recipe.data.language]
+    names = [*automaton.alphabet, END]
+    padding = len(automaton.alphabet)  # the end is never read, so its number is free among the inputs
+    datasets = {split: [number_symbols(text, automaton) for text in strings[split]["text"]] for split in splits}
+    return Prepared(
+        auto_class=AutoModelForAudioFrameClassification,
+        config_values={
+            "vocab_size": padding + 1,
+            "pad_token_id": padding,
+            "problem_type": "multi_label_classification",
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+        },
+        datasets=datasets,
+        monitor=datasets.get("validation"),
+        tokenizer=None,
+        collator=partial(pad_strings, padding=padding),
+        reduce_logits=row_scores,
+        compute_metrics=partial(string_metrics, metrics=recipe.report.metrics),
+    )
+
+
+def number_symbols(text: str, automaton: Automaton) -> dict[str, torch.Tensor]:
+    """A string as the numbers of its symbols (T,), and what may follow each (T, S + 1)."""
+    ids = torch.tensor([automaton.alphabet.index(symbol) for symbol in text])
+    return {"input_ids": ids, "labels": torch.from_numpy(automaton.next_symbols(text)).to(torch.int8)}
+
+
+def pad_strings(rows: Sequence[dict[str, torch.Tensor]], *, padding: int) -> dict[str, torch.Tensor]:
+    """A batch of strings, padded at the end."""
+    ids = pad_sequence([row["input_ids"] for row in rows], batch_first=True, padding_value=padding)
+    labels = pad_sequence([row["labels"] for row in rows], batch_first=True, padding_value=IGNORED)
+    return {"input_ids": ids, "attention_mask": (ids != padding).long(), "labels": labels}
+
+
+def row_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Of each string: whether it is right, its length, its nats over all positions.  (B, T, S + 1) twice -> (B, 3)"""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    scored = labels != IGNORED
+    right = ((logits > 0) == (labels == 1)) | ~scored
+    nats = F.binary_cross_entropy_with_logits(logits.float(), torch.where(scored, labels, 0).float(), reduction="none")
+    lengths = scored[..., 0].sum(dim=1)
+    return torch.stack([right.all(dim=2).all(dim=1), lengths, (nats * scored).sum(dim=(1, 2))], dim=1).double()
+
+
+def string_metrics(prediction: EvalPrediction, *, metrics: Sequence[str]) -> dict[str, float]:
+    """
+    The named metrics: `string_accuracy` and `nats_per_frame`, a position being a frame, of the strings as long as those
+    of training, `string_accuracy_long` of the longer ones.
+    """
+    right, lengths, nats = np.asarray(prediction.predictions, dtype=np.float64).T
+    short = lengths <= BINS[0][1]
+    accuracy = load_metric("string_accuracy")
+    values = {
+        "string_accuracy": lambda: accuracy.compute(right=right[short])["string_accuracy"],
+        "string_accuracy_long": lambda: accuracy.compute(right=right[~short])["string_accuracy"],
+        "nats_per_frame": lambda: load_metric("nats_per_frame").compute(nll=nats[short], count=lengths[short])[
+            "nats_per_frame"
+        ],
+    }
+    return {name: values[name]() for name in metrics}
+
+
+def _check(recipe) -> None:
+    for name in recipe.report.metrics:
+        if name not in METRICS:
+            raise ValueError(
+                f"`report.metrics` of next_symbols are of {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}"
+            )
+    if recipe.data.source != "regular_languages":
+        raise ValueError(f"`data.source` must be regular_languages for next_symbols, got {recipe.data.source!r}")
+    if recipe.report.compressors:
+        raise ValueError("`report.compressors` is for language_modeling; leave it out")
+    if recipe.tokenizer is not None:
+        raise ValueError("section `[tokenizer]` is for text; next_symbols numbers the language's symbols, leave it out")
+    if not recipe.config().is_causal:
+        raise ValueError("`is_causal` must be True for next_symbols: a model that sees the end of the string knows it")
