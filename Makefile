@@ -10,10 +10,10 @@ RUN := $(VENV)/bin/python
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo test lint format clean
+.PHONY: help install install-test demo reproduce-cpu test lint format clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 install: $(VENV)/.installed  ## make .venv with the pinned versions of requirements.txt and this package, editable
 
@@ -35,6 +35,11 @@ $(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
 demo: install  ## train on the standard library's source for DEMO_SECONDS, score, reload, and write some code
 	$(RUN) scripts/train.py stdlib-code --output-dir $(DEMO) --resume --set budget.max_seconds=$(DEMO_SECONDS)
 	$(RUN) scripts/generate.py $(DEMO)/final --prompt "class Reader(" --max-new-tokens 600
+
+reproduce-cpu: install  ## make the CPU runs of docs/RESULTS.md anew in runs/reproduce-cpu; may be stopped and gone on with
+	$(VENV)/bin/pip install --quiet --editable '.[train,baselines]'
+	$(RUN) scripts/report.py --run cpu --runs runs/reproduce-cpu --results runs/reproduce-cpu/results \
+	  --output runs/reproduce-cpu/RESULTS.md
 
 test: install-test  ## run the tests; slow ones with PYTEST_ARGS="-m slow"
 	$(RUN) -m pytest $(PYTEST_ARGS)
