@@ -183,7 +183,7 @@ class TestWikipedia:
 
     @pytest.mark.parametrize("name", ["enwik8", "text8", "wikitext-103"])
     def test_its_recipes_start_and_resume(self, tmp_path, name):
-        settings = ["model.num_hidden_layers=1", "training.bf16=false", "task.window=65", "task.eval_window=65"]
+        settings = ["model.num_hidden_layers=1", "task.window=65", "task.eval_window=65"]
         settings += ["task.eval_stride=32", "training.max_steps=4", "training.save_strategy=steps"]
         settings += ["training.save_steps=2", "training.learning_rate=1e-2", "training.logging_steps=1"]
         if name == "wikitext-103":
