@@ -35,7 +35,7 @@ class ToeplitzConfig(RTransformerConfig):
     """
     Args:
         max_length: the longest sequence there are weights for; a longer one is refused. The rest is in
-            [`RTransformerConfig`]; of `rem_kinds` it matters only which heads have one.
+            [`RTransformerConfig`]; of `rem_kinds` it matters only which heads have one, all of them if None.
 
     Raises:
         ValueError: besides [`RTransformerConfig`]'s, no head has a matrix, or the model is not causal.
@@ -48,6 +48,8 @@ class ToeplitzConfig(RTransformerConfig):
 
     def __post_init__(self, **kwargs) -> None:
         kwargs.setdefault("auto_map", {})
+        if self.rem_kinds is None:
+            self.rem_kinds = ["regular"] * self.num_attention_heads
         super().__post_init__(**kwargs)
         if self.max_length < 2:
             raise ValueError(f"`max_length` must be at least 2, got {self.max_length}")
