@@ -105,7 +105,7 @@ def draw(table: Table, found: Mapping[str, Mapping[str, Any]], folder: Path) -> 
     column = next(iter(table.columns))
     curves = {run.row.name: found[run.name]["curve"] for run in runs if run.column == column}
     stem = slug(table.name)
-    if curves and plot_curves(curves, table.metric, folder / f"{stem}.png"):
+    if curves and plot_curves(curves, table.metrics[0], folder / f"{stem}.png"):
         pictures.append((f"{table.title}: validation while training{' ' + column if column else ''}", f"{stem}.png"))
     gated = next((run for run in runs if found[run.name]["gates"]), None)
     if gated is not None and plot_gates(found[gated.name]["gates"], folder / f"{stem}-gates.png"):

@@ -61,7 +61,7 @@ class Table:
         title, about: heading, and a sentence or two on what is measured.
         suite: the runs that are made together, such as `cpu`.
         recipe: trained for every row.
-        metric, splits: the figure of a cell; of several splits, one behind the other.
+        metrics: the figures of a cell on the test split, one behind the other; curves show the first.
         scale: what the figures are multiplied by, 100 for shares in percent.
         set: overrides of every run.
         columns: by name, overrides; one column without a name if left out.
@@ -73,11 +73,10 @@ class Table:
     title: str
     about: str
     suite: str
-    metric: str
+    metrics: list[str]
     rows: dict[str, Row]
     digits: int = 3
     scale: float = 1.0
-    splits: list[str] = dataclasses.field(default_factory=lambda: ["test"])
     set: list[str] = dataclasses.field(default_factory=list)
     columns: dict[str, list[str]] = dataclasses.field(default_factory=lambda: {"": []})
     paper: dict[str, list] = dataclasses.field(default_factory=dict)
@@ -137,12 +136,12 @@ def _make(kind: type, values: Mapping[str, Any], place: str, path: Path):
 
 
 def cell(table: Table, results: Sequence[Mapping[str, Any]]) -> str:
-    """`mean ± standard deviation` of the seeds for each split; a dash where no run has ended."""
+    """`mean ± standard deviation` of the seeds for each metric; a dash where no run has ended."""
     if not results:
         return "-"
     texts = []
-    for split in table.splits:
-        values = [table.scale * result["metrics"][split][table.metric] for result in results]
+    for metric in table.metrics:
+        values = [table.scale * result["metrics"]["test"][metric] for result in results]
         spread = f" ± {statistics.stdev(values):.{table.digits}f}" if len(values) > 1 else ""
         texts.append(f"{statistics.mean(values):.{table.digits}f}{spread}")
     return " / ".join(texts)
@@ -158,7 +157,7 @@ def markdown(table: Table, found: Mapping[str, Mapping[str, Any]], pictures: Seq
     """
     columns = list(table.columns)
     lines = [f"## {table.title}", "", table.about, ""]
-    headings = [column or table.metric.replace("_", " ") for column in columns]
+    headings = [column or table.metrics[0].replace("_", " ") for column in columns]
     lines += [f"| | {' | '.join(headings)} | parameters | seeds | seconds a run |", "|---" * (len(columns) + 4) + "|"]
     lines += [f"| {name} | {' | '.join(map(str, figures))} | | | |" for name, figures in table.paper.items()]
     ended: list[Mapping[str, Any]] = []

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from scripts import report
-from scripts.tables import read_tables
+from scripts.tables import cell, read_tables
 from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
 
 
@@ -15,7 +15,7 @@ title = "Tiny"
 about = "Nothing much."
 suite = "test"
 recipe = {recipe}
-metric = "bits_per_character"
+metrics = ["bits_per_character"]
 set = ["training.max_steps=2", "training.eval_steps=1", "training.save_steps=1"]
 
 [tiny.columns]
@@ -69,6 +69,13 @@ def test_a_table_is_every_row_column_and_seed(tables):
     assert runs[-1].overrides[-3:] == ("task.window=33", "model.num_local_rnns=0", "training.seed=2")
 
 
+def test_a_cell_may_have_several_figures(tables):
+    tables.write_text(tables.read_text().replace('["bits_per_character"]', '["a", "b"]\nscale = 100.0\ndigits = 1'))
+    results = [{"metrics": {"test": {"a": 1.0, "b": value}}} for value in (0.5, 0.75)]
+    assert cell(read_tables(tables)["tiny"], results) == "100.0 ± 0.0 / 62.5 ± 17.7"
+    assert cell(read_tables(tables)["tiny"], []) == "-"
+
+
 def test_a_cell_is_the_mean_of_its_seeds_and_their_spread(tables):
     table = read_tables(tables)["tiny"]
     found = {
@@ -89,7 +96,7 @@ def test_a_cell_is_the_mean_of_its_seeds_and_their_spread(tables):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("metric =", "metrik =", r"`metrik` in \[tiny\] of tables.toml is not known; did you mean `metric`"),
+        ("metrics =", "metrik =", r"`metrik` in \[tiny\] of tables.toml is not known; did you mean `metrics`"),
         ('title = "Tiny"', "", r"`title` is missing in \[tiny\] of tables.toml"),
         ("[1.5, 1.25]", "[1.5]", r"`paper` of \[tiny\] .* each of the 2 columns; 'theirs' has 1"),
         ('baseline = "gru"', "base = 1", r"`base` in \[tiny.rows\] 'GRU' of tables.toml is not known"),
@@ -134,5 +141,5 @@ def test_the_tables_of_the_repository_name_what_there_is():
     for table in read_tables().values():
         for row in table.rows.values():
             recipe = report.read_recipe(row.recipe, (*table.set, *row.set))
-            assert table.metric in recipe.report.metrics
+            assert set(table.metrics) <= set(recipe.report.metrics)
             assert row.baseline is None or row.baseline in report.read_baselines(row.recipe)
