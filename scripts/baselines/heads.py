@@ -45,7 +45,8 @@ class BaselineConfig(PreTrainedConfig):
         embedding_dropout: dropout of the embedded tokens.
         hidden_dropout: dropout between or in the layers, as the model says.
         output_dropout: dropout before the head.
-        initializer_range: standard deviation of the initial embeddings and heads.
+        initializer_range: standard deviation of the initial embeddings and heads. Without LayerNorms to scale them up,
+            small embeddings may keep a model from learning: an LSTM did not learn parity with 0.02.
 
     Raises:
         ValueError: a value out of range, with the field, the value and what would be right.
@@ -60,7 +61,7 @@ class BaselineConfig(PreTrainedConfig):
     embedding_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
     output_dropout: float | int = 0.0
-    initializer_range: float = 0.02
+    initializer_range: float = 0.1
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
