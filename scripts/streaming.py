@@ -33,6 +33,10 @@ from transformers.trainer_callback import ExportableState
 from scripts.windows import IGNORED, positions_in_documents
 
 
+class StreamError(ValueError):
+    """What is wrong with a stream, or with the place where it is to go on, and the remedy."""
+
+
 class StreamedWindows(torch.utils.data.IterableDataset):
     """
     The rows of one process, for one pass over its part of the documents.
@@ -110,7 +114,7 @@ class StreamedWindows(torch.utils.data.IterableDataset):
         texts = [row["text"] for row in held]
         for text in texts:
             if not isinstance(text, str):
-                raise ValueError(
+                raise StreamError(
                     f"`data.text_column` holds {text!r}, not text, in a row of the train split; mend or leave out such "
                     "rows"
                 )
@@ -163,6 +167,7 @@ class StreamLoader:
         self.epoch = self.batches = 0
         self.workers: list[dict | None] = [None] * max(1, options.get("num_workers", 0))
         self.next_worker = 0
+        self.ended = False  # nothing is left to train on
         # A generator of its own: the workers' seeds must not take from the one that a checkpoint restores.
         generator = torch.Generator().manual_seed(stream.seed)
         self.options = {**options, "batch_size": batch_size, "collate_fn": self._collate, "generator": generator}
@@ -173,7 +178,7 @@ class StreamLoader:
         return batch, rows[-1][1], 0 if info is None else info.id
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        while True:
+        while not self.ended:
             self.stream.epoch, self.stream.begin_at, self.stream.begin_with = self.epoch, self.workers, self.next_worker
             loaded = iter(DataLoader(self.stream, **self.options))
             while not self.everywhere((item := self._next(loaded)) is None):
@@ -186,7 +191,7 @@ class StreamLoader:
                     self.next_worker = (worker + 1) % len(self.workers)
                     yield batch
             if not self.batches:
-                raise ValueError("the train split of `data` gives no row; name files that hold more text")
+                raise StreamError("the train split of `data` gives no row; name files that hold more text")
             self.epoch, self.workers, self.next_worker = self.epoch + 1, [None] * len(self.workers), 0
 
     @staticmethod
@@ -205,7 +210,7 @@ class StreamLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the last batch of another loader, which had as many workers."""
         if len(state["workers"]) != len(self.workers):
-            raise ValueError(
+            raise StreamError(
                 f"the checkpoint was written with {len(state['workers'])} workers reading the stream, now there are "
                 f"{len(self.workers)}; set `training.dataloader_num_workers` as it was"
             )
@@ -223,10 +228,11 @@ class StreamState(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"processes": self.processes}}
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        train_dataloader.ended = state.global_step >= state.max_steps
         if not self.processes:
             return
         if len(self.processes) != args.world_size:
-            raise ValueError(
+            raise StreamError(
                 f"the checkpoint was written by {len(self.processes)} processes, now there are {args.world_size}: the "
                 "documents of a stream are shared out among as many as began with it"
             )
