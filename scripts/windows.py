@@ -49,7 +49,7 @@ class TokenStream:
 
     def document_begins(self, start: int, end: int) -> np.ndarray:
         """Positions of the `<eos>` from `start` to `end` that begin a document, counted from `start`."""
-        begins = [np.zeros(int(start == 0), dtype=np.int64)]
+        begins = [np.zeros(int(start == 0 < end), dtype=np.int64)]
         for index, first, last in self._parts(max(start, 1), end):
             base, ends = int(self._offsets[index - 1][0]), self._offsets[index - 1][1:]  # each one past an `<eos>`
             found = ends[np.searchsorted(ends, base + first + 1) : np.searchsorted(ends, base + last + 1)]
