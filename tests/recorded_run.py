@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from scripts import train
-from scripts.trainer import RecipeTrainer
+from scripts import train  # noqa: E402
+from scripts.trainer import RecipeTrainer  # noqa: E402
 
 
 def recorded(records: Path, harm: str):

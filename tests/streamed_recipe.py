@@ -11,10 +11,15 @@ from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe
 
 SIZES = (9, 2, 14, 5)  # documents of each file
 STREAMED = LANGUAGE_MODELING.replace(
-    "train = {train}", 'train = {train}\nstreaming = true\nshuffle_documents = 4\nvalidation = "{rest}"\ntest = "{rest}"'
+    "train = {train}",
+    'train = {train}\nstreaming = true\nshuffle_documents = 4\nvalidation = "{rest}"\ntest = "{rest}"',
 )
 STREAMED = STREAMED.replace('kind = "character"', 'kind = "word"').replace('"bits_per_character", ', "")
-STREAMED = STREAMED.replace('compressors = ["gzip", "bzip2", "xz"]', "").replace("window = 33", "window = 9").replace("= 20", "= 4")
+STREAMED = (
+    STREAMED.replace('compressors = ["gzip", "bzip2", "xz"]', "")
+    .replace("window = 33", "window = 9")
+    .replace("= 20", "= 4")
+)
 
 
 def write_files(folder: Path, suffix: str = "jsonl", sizes: tuple[int, ...] = SIZES) -> list[str]:
@@ -42,4 +47,6 @@ def words_of(paths: list[str]) -> Counter:
 def write_streamed(folder: Path, paths: list[str], **model) -> Path:
     """The recipe with these files; the first of them is what it is scored on."""
     training = STREAMED.replace("{rest}", paths[0]).replace("{train}", json.dumps(paths).replace("{", "{{"))
-    return write_recipe(folder, training.replace("{", "{{").replace("}", "}}"), Path("unused"), name="streamed", **model)
+    return write_recipe(
+        folder, training.replace("{", "{{").replace("}", "}}"), Path("unused"), name="streamed", **model
+    )

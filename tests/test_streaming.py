@@ -1,4 +1,4 @@
-"""Data larger than memory: every token once a pass, whoever reads it, wherever it was interrupted, in bounded memory."""
+"""Data larger than memory: every token once a pass, whoever reads it and wherever it stops, in bounded memory."""
 
 import json
 import os
@@ -6,13 +6,11 @@ import signal
 import threading
 import tracemalloc
 from collections import Counter
-from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets import Dataset, Features, IterableDataset, Value
 from transformers import AutoModelForCausalLM, default_data_collator
 
 from scripts import evaluate, train
@@ -343,9 +341,7 @@ def test_a_dataset_by_its_name_is_streamed_too(tmp_path):
         (folder / f"{split}.jsonl").write_text(
             (tmp_path / f"part{number}.jsonl").read_text().replace('"text"', '"body"')
         )
-    options = hub.Options(
-        "hub", str(folder), validation="test", test="test", text_column="body", streaming=True
-    )
+    options = hub.Options("hub", str(folder), validation="test", test="test", text_column="body", streaming=True)
     splits = hub.load(options)
     assert isinstance(splits["train"], IterableDataset) and isinstance(splits["test"], Dataset)
     assert len(list(splits["train"])) == SIZES[2] and splits["test"].column_names == ["text"]
