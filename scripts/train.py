@@ -10,7 +10,8 @@ A recipe is a folder of configuration/ by name, or any folder with a config.json
 runs/<recipe>, or --output-dir: checkpoint-<step>/ while it trains, and final/ at the end, which has the best model, its
 tokenizer, results.json, curve.json, curve.png and training.toml. final/ is a recipe itself, and what evaluate.py and
 generate.py take. Progress goes to stderr. The last line of stdout is the result, the JSON of results.json on one line.
-Under accelerate launch, leave training.use_cpu out where there are GPUs. With --set training.push_to_hub=true (and
+SIGTERM and Ctrl-C save the step that is being made and end with 143 and 130; --resume goes on from there. Under
+accelerate launch, leave training.use_cpu out where there are GPUs. With --set training.push_to_hub=true (and
 training.hub_model_id) the checkpoints go to the Hub as they are made, and final/ with its card at the end.
 """
 
