@@ -17,6 +17,7 @@ the block (`datasets.IterableDataset.state_dict`), the tokens left over from the
 
 # W window
 
+import copy
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
@@ -69,10 +70,11 @@ class StreamedWindows(torch.utils.data.IterableDataset):
 
     def split(self, rank: int, processes: int) -> "StreamedWindows":
         """The part of one of several processes."""
+        part = copy.copy(self)
         if processes > 1:
-            self.documents = split_dataset_by_node(self.documents, rank=rank, world_size=processes)
-        self.rank = rank
-        return self
+            part.documents = split_dataset_by_node(self.documents, rank=rank, world_size=processes)
+        part.rank = rank
+        return part
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor] | None, dict[str, Any]]]:
         """Rows, each with the state that follows it; None where a worker has had its turn before the stream went on."""

@@ -55,9 +55,9 @@ class RecipeTrainer(Trainer):
 
 def _patient(loader: DataLoader) -> DataLoader:
     """The same loader, whose workers outlive signals."""
-    loader = getattr(loader, "base_dataloader", loader), loader
-    loader[0].worker_init_fn = partial(_init_worker, loader[0].worker_init_fn)
-    return loader[1]
+    base = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+    base.worker_init_fn = partial(_init_worker, base.worker_init_fn)
+    return loader
 
 
 def _init_worker(before, worker: int) -> None:
