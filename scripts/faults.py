@@ -21,9 +21,11 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
@@ -123,7 +125,7 @@ def agree(args: TrainingArguments, *values: torch.Tensor | int) -> list[int]:
     """The largest of each value among all processes."""
     values = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=args.device) for value in values])
     if args.world_size > 1:
-        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+        dist.all_reduce(values, dist.ReduceOp.MAX)
     return values.tolist()
 
 
@@ -160,6 +162,34 @@ def _go_on(args: TrainingArguments) -> str:
     last = newest_complete(Path(args.output_dir))
     kept = f"The last checkpoint is {last}" if last else "No checkpoint was made yet"
     return f"{kept}; mend the data or lower training.learning_rate, then go on with --resume"
+
+
+def meet_anew(timeout: float) -> None:
+    """
+    Let processes that a launcher has restarted find each other under a name of their own.
+
+    Launchers keep one store over restarts, and torch 2.13 (`_create_c10d_store`) takes it for a new one each time: the
+    addresses of the processes that ended are still in it.
+
+    Args:
+        timeout: seconds, as `TrainingArguments.ddp_timeout`.
+    """
+    restarts = restart_count()
+    if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    dist.init_process_group(
+        store=dist.PrefixStore(f"restart{restarts}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=timeout),
+    )
+
+
+def restart_count() -> int:
+    """How often a launcher has started this run anew."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def outlive_signals(worker: int) -> None:

@@ -35,7 +35,15 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_
 
 from scripts.budget import TimeBudget
 from scripts.checkpoints import newest_complete, put_in_place, restore_callbacks
-from scripts.faults import NotFinite, Watch, full_disk_explained, require_room, require_writable
+from scripts.faults import (
+    NotFinite,
+    Watch,
+    full_disk_explained,
+    meet_anew,
+    require_room,
+    require_writable,
+    restart_count,
+)
 from scripts.hub_upload import PushError
 from scripts.push_to_hub import push
 from scripts.recipe import Recipe, read_recipe
@@ -62,7 +70,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def prepare_output(output_dir: Path, resume: bool) -> Path | None:
     """The checkpoint to resume from, if any; refuses to write over another run."""
-    if resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # a restart goes on with its own run
+    if resume or restart_count():  # a restart goes on with its own run
         checkpoint = newest_complete(output_dir)
         if checkpoint is None:
             print(f"no whole checkpoint in {output_dir}; training starts anew", file=sys.stderr)
@@ -154,6 +162,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
         output_dir = options.output_dir or Path("runs") / recipe.name
         checkpoint = prepare_output(output_dir, options.resume)
         require_writable(output_dir)
+        meet_anew(recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
         args = training_arguments(recipe, output_dir)
         with args.main_process_first(desc="preparing the data"):  # the others find it in the cache
             prepared = recipe.prepare(tokenizer=None, splits=("train", "validation", "test"))

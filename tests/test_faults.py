@@ -27,8 +27,6 @@ from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN = str(ROOT / "tests" / "recorded_run.py")
-# With accelerate's default, --rdzv_backend static, restarted processes find the addresses of the dead (torch 2.13).
-RESTARTING = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1"]
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
@@ -275,21 +273,28 @@ def uninterrupted(recipe, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_the_job_which_names_it_and_a_restart_ends_as_if_nothing_had_been(
-    recipe, tmp_path, uninterrupted
-):
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        [*LAUNCH, "--max_restarts", "1"],
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max_restarts", "1"],
+    ],
+    ids=["accelerate", "torchrun"],
+)
+def test_a_killed_process_is_started_anew_and_ends_as_if_nothing_had_been(recipe, tmp_path, uninterrupted, launcher):
+    arguments = [recipe, "--output-dir", tmp_path / "run", "--resume"]
+    done = launch(tmp_path / "records", "kill:1:6", *arguments, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == losses(uninterrupted)
+    assert read(tmp_path / "records", 2) == read(uninterrupted / "records", 2)
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_job_which_names_it(recipe, tmp_path):
     killed = launch(tmp_path / "records", "kill:1:6", recipe, "--output-dir", tmp_path / "run")
     assert killed.returncode != 0
     assert "rank      : 1 (local_rank: 1)" in killed.stderr and "Signal 9 (SIGKILL)" in killed.stderr
     assert newest_complete(tmp_path / "run") == tmp_path / "run" / "checkpoint-4"
-    shutil.rmtree(tmp_path / "run")
-    (tmp_path / "records.harmed").unlink()
-    done = launch(
-        tmp_path / "records", "kill:1:6", recipe, "--output-dir", tmp_path / "run", "--resume", launcher=RESTARTING
-    )
-    assert done.returncode == 0, done.stderr
-    assert losses(tmp_path / "run") == losses(uninterrupted)
-    assert read(tmp_path / "records", 2) == read(uninterrupted / "records", 2)
 
 
 @pytest.mark.slow
