@@ -10,6 +10,14 @@ from scripts.faults import Watch, agree, outlive_signals
 from scripts.streaming import StreamedWindows, StreamLoader
 
 
+def _restore_to_numbered_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    return storage if location.startswith("cpu:") else None
+
+
+# Transformers 5.17 has an optimizer's state loaded to "cpu:0" in each of several processes on a CPU.
+torch.serialization.register_package(100, lambda storage: None, _restore_to_numbered_cpu)
+
+
 class RecipeTrainer(Trainer):
     """
     A `Trainer` that reads a [`StreamedWindows`] by parts, one for each data-parallel process, and tells a [`Watch`] of
