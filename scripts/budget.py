@@ -14,6 +14,8 @@ class TimeBudget(TrainerCallback, ExportableState):
     The learning rate follows its schedule at `max(step / max_steps, seconds / max_seconds)`, so a schedule that ends at
     zero is near zero when the time is up. A warm-up given as a share of the steps is a share of the time then.
 
+    Every log entry has the `percent` of the run that is done: of its steps or its time, whichever is nearer its end.
+
     The seconds count on over a resume. With several processes, the first one's clock decides for all of them.
 
     Args:
@@ -59,7 +61,11 @@ class TimeBudget(TrainerCallback, ExportableState):
             control.should_training_stop = control.should_evaluate = control.should_save = True
         return control
 
-    def on_log(self, args, state, control, **kwargs):
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        done = state.global_step / max(state.max_steps, 1)
+        if self.max_seconds is not None:
+            done = max(done, min(1.0, self.shared_seconds / self.max_seconds))
+        logs["percent"] = state.log_history[-1]["percent"] = round(100 * done, 2)
         state.log_history[-1]["seconds"] = round(self.seconds, 2)
 
 

@@ -45,6 +45,8 @@ def main(arguments: list[str] | None = None) -> dict:
     options = parse_arguments(arguments)
     try:
         recipe = read_recipe(options.checkpoint.resolve(), options.overrides)
+        if options.split == "train" and getattr(recipe.data, "streaming", False):
+            raise ValueError("`--split train` is a stream, without end; score another, or --set data.streaming=false")
         has_tokenizer = (options.checkpoint / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(options.checkpoint) if has_tokenizer else None
         prepared = recipe.prepare(tokenizer=tokenizer, splits=(options.split,))

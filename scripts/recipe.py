@@ -188,7 +188,22 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides=tuple(overrides),
     )
     recipe.config()  # the config class checks its values
+    _check_stream(recipe)
     return recipe
+
+
+def _check_stream(recipe: Recipe) -> None:
+    if not getattr(recipe.data, "streaming", False):
+        return
+    if recipe.task.name != "language_modeling":
+        raise ValueError(f"`data.streaming` is for language_modeling, not for {recipe.task.name}; leave it out")
+    if recipe.task.train_once:
+        raise ValueError("`task.train_once` is not for `data.streaming`; leave one of them out")
+    if recipe.training.get("max_steps", -1) <= 0:
+        raise ValueError(
+            f"`training.max_steps` must be above 0 where `data.streaming` is set, got "
+            f"{recipe.training.get('max_steps')}: how long a stream is cannot be known"
+        )
 
 
 def recipe_folder(recipe: str | Path) -> Path:

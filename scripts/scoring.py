@@ -2,19 +2,20 @@
 
 from collections.abc import Sequence
 
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from modeling_rtransformer.hub_files import HubFilesCallback
 from scripts.tasks.prepared import Prepared
+from scripts.trainer import RecipeTrainer
 
 
-def make_trainer(model: PreTrainedModel, args: TrainingArguments, prepared: Prepared, **options) -> Trainer:
+def make_trainer(model: PreTrainedModel, args: TrainingArguments, prepared: Prepared, **options) -> RecipeTrainer:
     """A `Trainer` of the task, for training or only for scoring; what it pushes to the Hub is complete and safe."""
     if args.push_to_hub:
         options["callbacks"] = [*options.get("callbacks", ()), HubFilesCallback()]
     if prepared.label_names is not None:
         args.label_names = list(prepared.label_names)
-    return Trainer(
+    return RecipeTrainer(
         model=model,
         args=args,
         train_dataset=prepared.datasets.get("train"),
@@ -28,7 +29,7 @@ def make_trainer(model: PreTrainedModel, args: TrainingArguments, prepared: Prep
     )
 
 
-def score(trainer: Trainer, prepared: Prepared, split: str, metrics: Sequence[str]) -> dict[str, float]:
+def score(trainer: RecipeTrainer, prepared: Prepared, split: str, metrics: Sequence[str]) -> dict[str, float]:
     """The named metrics on a whole split."""
     scored = trainer.predict(prepared.datasets[split], metric_key_prefix=split).metrics
     return {name: scored[f"{split}_{name}"] for name in metrics}

@@ -34,14 +34,18 @@ class Options:
         vocab_size: number of tokens, special ones included; the most frequent are kept. All if left out, except for
             `byte_bpe`, which needs it.
         min_frequency: leave out what the training text has fewer times.
+        max_texts: learn from so many of the first training documents; all if left out, which reads a stream through.
     """
 
     kind: Literal["character", "word", "byte_bpe"]
     vocab_size: int | None = None
     min_frequency: int = 1
+    max_texts: int | None = None
 
     def __post_init__(self) -> None:
         least = 256 + 2 if self.kind == "byte_bpe" else 4
+        if self.max_texts is not None and self.max_texts < 1:
+            raise ValueError(f"`tokenizer.max_texts` must be at least 1, got {self.max_texts}")
         if self.vocab_size is None and self.kind == "byte_bpe":
             raise ValueError("`tokenizer.vocab_size` is missing; byte_bpe needs it, such as 4096")
         if self.vocab_size is not None and self.vocab_size < least:

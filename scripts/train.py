@@ -10,7 +10,8 @@ A recipe is a folder of configuration/ by name, or any folder with a config.json
 runs/<recipe>, or --output-dir: checkpoint-<step>/ while it trains, and final/ at the end, which has the best model, its
 tokenizer, results.json, curve.json, curve.png and training.toml. final/ is a recipe itself, and what evaluate.py and
 generate.py take. Progress goes to stderr. The last line of stdout is the result, the JSON of results.json on one line.
-Under accelerate launch, leave training.use_cpu out where there are GPUs. With --set training.push_to_hub=true (and
+SIGTERM and Ctrl-C save the step that is being made and end with 143 and 130; --resume goes on from there. Under
+accelerate launch, leave training.use_cpu out where there are GPUs. With --set training.push_to_hub=true (and
 training.hub_model_id) the checkpoints go to the Hub as they are made, and final/ with its card at the end.
 """
 
@@ -26,19 +27,30 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import time
-from collections.abc import Iterator
+from typing import NoReturn
 
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
 
 from scripts.budget import EpochDrops, TimeBudget
 from scripts.checkpoints import newest_complete, put_in_place, restore_callbacks
+from scripts.faults import (
+    NotFinite,
+    Watch,
+    full_disk_explained,
+    meet_anew,
+    require_room,
+    require_writable,
+    restart_count,
+)
 from scripts.hub_upload import PushError
 from scripts.plots import curve, plot_curve
 from scripts.provenance import commit, machine, versions
 from scripts.push_to_hub import push
 from scripts.recipe import Recipe, read_recipe
 from scripts.scoring import make_trainer, score
+from scripts.streaming import StreamedWindows, StreamError, StreamState
 from scripts.tasks.prepared import Prepared
 
 
@@ -59,7 +71,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def prepare_output(output_dir: Path, resume: bool) -> Path | None:
     """The checkpoint to resume from, if any; refuses to write over another run."""
-    if resume:
+    if resume or restart_count():  # a restart goes on with its own run
         checkpoint = newest_complete(output_dir)
         if checkpoint is None:
             print(f"no whole checkpoint in {output_dir}; training starts anew", file=sys.stderr)
@@ -77,20 +89,6 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     metric = recipe.report.metrics[0]
     chosen = {"metric_for_best_model": metric, "greater_is_better": metric not in SMALLER_IS_BETTER}
     return TrainingArguments(output_dir=str(output_dir), **{**chosen, **recipe.training})
-
-
-@contextlib.contextmanager
-def full_disk_explained(output_dir: Path, bytes_needed: int) -> Iterator[None]:
-    """Say in words what torch and safetensors report as a failed write, if the disk has no room for a checkpoint."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        if not output_dir.is_dir() or shutil.disk_usage(output_dir).free > bytes_needed:
-            raise
-        sys.exit(
-            f"error: no space left for a checkpoint in `--output-dir` {output_dir} ({error}); make room and go on with "
-            "--resume, or keep fewer checkpoints with training.save_total_limit"
-        )
 
 
 def result_of(trainer: Trainer, prepared: Prepared, recipe: Recipe, seconds: dict[str, float]) -> dict:
@@ -146,6 +144,16 @@ def push_final(trainer: Trainer, folder: Path) -> None:
         sys.exit(f"error: {error}. The run is saved in {folder}; push it with scripts/push_to_hub.py")
 
 
+def stopped_by(number: signal.Signals, step: int, output_dir: Path) -> NoReturn:
+    """End as a shell says that a signal ended a program: with 128 and its number."""
+    print(
+        f"{number.name}: stopped after step {step}, which is saved in {output_dir / f'checkpoint-{step}'}; go on with "
+        "the same command and --resume",
+        file=sys.stderr,
+    )
+    sys.exit(128 + number)
+
+
 def main(arguments: list[str] | None = None) -> dict | None:
     """Train; the result on the main process, None on the others."""
     started = time.monotonic()
@@ -154,28 +162,39 @@ def main(arguments: list[str] | None = None) -> dict | None:
         recipe = read_recipe(options.recipe, options.overrides)
         output_dir = options.output_dir or Path("runs") / recipe.name
         checkpoint = prepare_output(output_dir, options.resume)
+        require_writable(output_dir)
+        meet_anew(recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
         args = training_arguments(recipe, output_dir)
         with args.main_process_first(desc="preparing the data"):  # the others find it in the cache
             prepared = recipe.prepare(tokenizer=None, splits=("train", "validation", "test"))
-        config = recipe.config(**prepared.config_values)
+        set_seed(args.seed)
+        model = prepared.auto_class.from_config(recipe.config(**prepared.config_values))
+        require_room(output_dir, model, args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    set_seed(args.seed)
-    model = prepared.auto_class.from_config(config)
-    budget = TimeBudget(recipe.budget.max_seconds)
-    callbacks = [EpochDrops(recipe.schedule.drop_every_epochs, recipe.schedule.drop_factor), budget]
+    budget, watch = TimeBudget(recipe.budget.max_seconds), Watch(prepared.tokenizer)
+    drops = EpochDrops(recipe.schedule.drop_every_epochs, recipe.schedule.drop_factor)
+    callbacks = [drops, budget, watch]
     if recipe.budget.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(recipe.budget.early_stopping_patience))
+    if isinstance(prepared.datasets["train"], StreamedWindows):
+        callbacks.append(StreamState())
     if checkpoint is not None:
         restore_callbacks(callbacks, checkpoint)
     trainer = make_trainer(model, args, prepared, callbacks=callbacks)
-    with full_disk_explained(output_dir, bytes_needed=12 * model.num_parameters()):  # weights and two moments
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        with watch.signals(), full_disk_explained(output_dir, model):
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except (NotFinite, StreamError) as error:
+        sys.exit(f"error: {error}")
+    if watch.signal is not None:
+        trainer.accelerator.end_training()
+        stopped_by(watch.signal, trainer.state.global_step, output_dir)
     training_seconds = round(budget.seconds, 1)
     result = result_of(trainer, prepared, recipe, {"training": training_seconds})
     result["wall_seconds"]["total"] = round(time.monotonic() - started, 1)
     if trainer.is_world_process_zero():
-        with full_disk_explained(output_dir, bytes_needed=12 * model.num_parameters()):
+        with full_disk_explained(output_dir, model):
             save_final(trainer, prepared, recipe, result, output_dir / "final")
         if args.push_to_hub:
             push_final(trainer, output_dir / "final")

@@ -4,14 +4,77 @@ A stream of tokens cut into rows for language modelling.
 A row of W tokens predicts all of them but its first. Rows begin every `stride` tokens. Labels of a row for training are
 its tokens; for scoring, only the positions that no earlier row has predicted, so each position of the stream but the
 very first is scored exactly once, in as much context as its row gives: at least W - 1 - stride tokens after the start.
+
+Rows of separate documents have `position_ids` too, which begin at 0 with each document, and by which the models keep
+attention, REMs and LocalRNN windows inside it. The `<eos>` between two documents is predicted by the first and begins
+the second, so every token is still predicted once.
 """
 
+# N tokens of the stream, W window
+
+from collections.abc import Sequence
+
 import numpy as np
+import pyarrow as pa
 import torch
 from torch.utils.data import Dataset
 
 
 IGNORED = -100  # a label that is not scored
+
+
+class TokenStream:
+    """
+    `<eos>`, then the tokens of all documents, each followed by `<eos>`: a sequence of N ids that stays where it is.
+
+    A slice copies only itself, so a stream over a file in memory-mapped Arrow may be larger than the memory.
+
+    Args:
+        documents: lists of ids, each with its `<eos>`, in chunks as Arrow has them.
+        eos_token_id: the id that begins the stream; it is never predicted.
+    """
+
+    def __init__(self, documents: Sequence[pa.ListArray], eos_token_id: int) -> None:
+        self._first = np.array([eos_token_id], dtype=np.int32)
+        self._tokens = [self._first, *(chunk.flatten().to_numpy() for chunk in documents)]
+        self._offsets = [chunk.offsets.to_numpy() for chunk in documents]
+        self._begins = np.cumsum([0, *map(len, self._tokens)])
+
+    def __len__(self) -> int:
+        return int(self._begins[-1])
+
+    def __getitem__(self, span: slice) -> np.ndarray:
+        start, end, _ = span.indices(len(self))
+        return np.concatenate([self._first[:0], *(self._tokens[i][a:b] for i, a, b in self._parts(start, end))])
+
+    def document_begins(self, start: int, end: int) -> np.ndarray:
+        """Positions of the `<eos>` from `start` to `end` that begin a document, counted from `start`."""
+        begins = [np.zeros(int(start == 0 < end), dtype=np.int64)]
+        for index, first, last in self._parts(max(start, 1), end):
+            base, ends = int(self._offsets[index - 1][0]), self._offsets[index - 1][1:]  # each one past an `<eos>`
+            found = ends[np.searchsorted(ends, base + first + 1) : np.searchsorted(ends, base + last + 1)]
+            begins.append(found.astype(np.int64) - base - 1 + self._begins[index] - start)
+        return np.concatenate(begins)
+
+    def _parts(self, start: int, end: int):
+        """The chunks that a span crosses, each with the part of it: index, start, end."""
+        index = int(np.searchsorted(self._begins, start, side="right")) - 1
+        while start < end:
+            stop = min(end, int(self._begins[index + 1]))
+            yield index, start - int(self._begins[index]), stop - int(self._begins[index])
+            start, index = stop, index + 1
+
+
+def positions_in_documents(begins: np.ndarray, length: int) -> torch.Tensor:
+    """
+    Positions that begin at 0 with the row and with each document in it.  (W,)
+
+    Args:
+        begins: where in the row a document begins.
+    """
+    last_begin = np.zeros(length, dtype=np.int64)
+    last_begin[begins] = begins
+    return torch.from_numpy(np.arange(length) - np.maximum.accumulate(last_begin))
 
 
 class Windows(Dataset):
@@ -23,10 +86,14 @@ class Windows(Dataset):
         window: tokens W of a row; the whole stream is one row if it is shorter.
         stride: tokens between the beginnings of two rows, at most W - 1.
         score_once: a label for what no earlier row has predicted alone; False for all labels in every row.
+        separate: whether rows have `position_ids` that keep the documents apart; the stream is a [`TokenStream`] then.
     """
 
-    def __init__(self, stream: np.ndarray, *, window: int, stride: int, score_once: bool) -> None:
-        self.stream, self.window, self.stride, self.score_once = stream, window, stride, score_once
+    def __init__(
+        self, stream: TokenStream | np.ndarray, *, window: int, stride: int, score_once: bool, separate: bool = False
+    ) -> None:
+        self.stream, self.window, self.stride = stream, window, stride
+        self.score_once, self.separate = score_once, separate
 
     def __len__(self) -> int:
         return 1 + max(0, -(-(len(self.stream) - self.window) // self.stride))
@@ -40,4 +107,7 @@ class Windows(Dataset):
         if self.score_once and index > 0:
             scored_before = (index - 1) * self.stride + self.window
             labels[: scored_before - start] = IGNORED
-        return {"input_ids": row, "labels": labels}
+        if not self.separate:
+            return {"input_ids": row, "labels": labels}
+        positions = positions_in_documents(self.stream.document_begins(start, end), len(row))
+        return {"input_ids": row, "labels": labels, "position_ids": positions}

@@ -163,11 +163,11 @@ def test_a_full_disk_is_explained_and_the_last_whole_checkpoint_stays(recipe, tm
     def save_until_full(content, path, *arguments, **options):
         if "checkpoint-8" in str(path) and "optimizer" in str(path):
             Path(path).write_bytes(b"half")
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)  # full only now: it had room at the start
             raise RuntimeError("unexpected pos 64 vs 0")
         save(content, path, *arguments, **options)
 
     monkeypatch.setattr(torch, "save", save_until_full)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(SystemExit, match="no space left for a checkpoint in `--output-dir` .*--resume"):
         train.main([str(recipe), "--output-dir", str(tmp_path)])
     assert not (tmp_path / "final").exists()

@@ -1,6 +1,6 @@
 """What every source of a user's own data checks: rows in each split, and the columns that the recipe names."""
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset
 
 from modeling_rtransformer.configuration_rtransformer import nearest
 
@@ -14,6 +14,30 @@ def require_rows(splits: DatasetDict) -> None:
                 f"the {split} split of `data` is empty (rows: {sizes}); name a file for it as `data.{split}`, "
                 "give more rows, or hold out more of them with `data.held_out`"
             )
+
+
+def check_stream(options) -> None:
+    """Refuse settings of a source that do not go with `streaming`."""
+    if options.shuffle_documents < 1:
+        raise ValueError(f"`data.shuffle_documents` must be at least 1, got {options.shuffle_documents}")
+    for split in ("validation", "test"):
+        if options.streaming and not getattr(options, split):
+            raise ValueError(
+                f"`data.{split}` is missing; nothing can be held out from a stream, so name data for it, or leave out "
+                "`data.streaming`"
+            )
+
+
+def select_stream_columns(stream: IterableDataset, *, text: str) -> IterableDataset:
+    """Keep the column that the recipe names as `data.text_column`, as `text`; its cells are checked as they come."""
+    names = stream.column_names or list(next(iter(stream), {text: None}))
+    if text not in names:
+        raise ValueError(
+            f"`data.text_column` is {text!r}, but the train split has the columns {', '.join(names)}"
+            f"{nearest(text, names)}"
+        )
+    stream = stream.select_columns([text])
+    return stream if text == "text" else stream.rename_column(text, "text")
 
 
 def select_columns(splits: DatasetDict, *, text: str, label: str | None) -> DatasetDict:

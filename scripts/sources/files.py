@@ -4,17 +4,27 @@ Local files: text, CSV, JSON lines or Parquet.
 A text file is one document in UTF-8, read whole; any line end is read as a line feed. Where no file is named for
 validation or test, a share of the training data is held out: the end of each text, cut at a line end, or random rows of
 a table.
+
+With `streaming` the training files are read while training, again and again, and nothing of them is kept. A text file
+is cut at line ends into documents of at least 64 Ki characters then.
 """
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from modeling_rtransformer.configuration_rtransformer import nearest
-from scripts.sources.columns import hold_out, require_rows, select_columns
+from scripts.sources.columns import (
+    check_stream,
+    hold_out,
+    require_rows,
+    select_columns,
+    select_stream_columns,
+)
 
 
 FORMATS = {
@@ -28,6 +38,7 @@ FORMATS = {
     ".jsonl": "json",
     ".parquet": "parquet",
 }
+PIECE = 1 << 16  # characters of a text file that are one document of a stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +50,8 @@ class Options:
         held_out: the share of the training data for each split without files of its own.
         seed: draws the held-out rows of a table.
         text_column, label_column: names of the columns; a text file has only `text`.
+        streaming: read `train` while training, which takes any size; `validation` and `test` need files of their own.
+        shuffle_documents: documents of a stream that are held, tokenised and shuffled together.
     """
 
     source: str
@@ -50,10 +63,13 @@ class Options:
     seed: int = 0
     text_column: str = "text"
     label_column: str | None = None
+    streaming: bool = False
+    shuffle_documents: int = 256
 
     def __post_init__(self) -> None:
         if not 0 < self.held_out < 0.5:
             raise ValueError(f"`data.held_out` must be above 0 and below 0.5, got {self.held_out}")
+        check_stream(self)
 
 
 def load(options: Options) -> DatasetDict:
@@ -64,14 +80,19 @@ def load(options: Options) -> DatasetDict:
     settings = {"sample_by": "document", "encoding": "utf-8"} if kind == "text" else {}
     if paths["train"][0].endswith(".tsv"):
         settings = {"sep": "\t"}
+    read_now = {split: names for split, names in paths.items() if split != "train" or not options.streaming}
     try:
-        splits = dict(load_dataset(kind, data_files=paths, **settings))
+        splits = dict(load_dataset(kind, data_files=read_now, **settings))
     except (DatasetGenerationError, ValueError) as error:
-        names = ", ".join(sum(paths.values(), []))
+        names = ", ".join(sum(read_now.values(), []))
         raise ValueError(
             f"`data`: {names} cannot be read as {kind} ({error.__cause__ or error}); mend the file, or "
             "name its kind as `data.format`"
         ) from error
+    if options.streaming:
+        require_rows(splits)
+        splits = select_columns(DatasetDict(splits), text=options.text_column, label=options.label_column)
+        return DatasetDict({"train": _stream(kind, paths["train"], settings, options.text_column), **splits})
     if kind == "text":
         splits = _hold_out_ends(splits, options.held_out)
     else:
@@ -109,13 +130,40 @@ def _format(path: str) -> str:
     return FORMATS[suffix]
 
 
+def _stream(kind: str, paths: list[str], settings: dict[str, str], text_column: str) -> IterableDataset:
+    """The training rows as they are read; each file is a shard."""
+    if kind == "text":
+        return IterableDataset.from_generator(
+            read_pieces, gen_kwargs={"paths": paths}, features=Features({"text": Value("string")})
+        )
+    stream = load_dataset(kind, data_files={"train": paths}, split="train", streaming=True, **settings)
+    return select_stream_columns(stream, text=text_column)
+
+
+def read_pieces(paths: list[str]) -> Iterator[dict[str, str]]:
+    """Text files in pieces of 64 Ki characters, each up to the end of its last line; no longer than twice that."""
+    for path in paths:
+        with open(path, encoding="utf-8") as file:
+            while piece := file.read(PIECE):
+                if not piece.endswith("\n"):
+                    piece += file.readline(PIECE)
+                yield {"text": piece}
+
+
 def _hold_out_ends(splits: dict[str, Dataset], share: float) -> DatasetDict:
     missing = [split for split in ("validation", "test") if split not in splits]
-    parts: dict[str, list[str]] = {split: [] for split in ("train", *missing)}
-    for text in splits["train"]["text"]:
-        lines = text.splitlines(keepends=True)
-        cuts = [round(len(lines) * (1 - share * left)) for left in range(len(missing), 0, -1)]
-        for split, start, end in zip(parts, [0, *cuts], [*cuts, len(lines)], strict=True):
-            parts[split].append("".join(lines[start:end]))
-    held = {split: Dataset.from_dict({"text": [text for text in texts if text]}) for split, texts in parts.items()}
+    cuts = [0.0, *(1 - share * left for left in range(len(missing), -1, -1))]
+    held = {
+        split: splits["train"].map(_part, batched=True, fn_kwargs={"start": start, "end": end}, desc="holding out")
+        for split, start, end in zip(("train", *missing) if missing else (), cuts, cuts[1:])
+    }
     return DatasetDict({split: {**splits, **held}[split] for split in ("train", "validation", "test")})
+
+
+def _part(batch: dict[str, list[str]], start: float, end: float) -> dict[str, list[str]]:
+    """What lies between two shares of the lines of each text, if anything does."""
+    parts = []
+    for text in batch["text"]:
+        lines = text.splitlines(keepends=True)
+        parts.append("".join(lines[round(len(lines) * start) : round(len(lines) * end)]))
+    return {"text": [part for part in parts if part]}

@@ -5,7 +5,13 @@ import dataclasses
 from datasets import DatasetDict, load_dataset
 
 from modeling_rtransformer.configuration_rtransformer import nearest
-from scripts.sources.columns import hold_out, require_rows, select_columns
+from scripts.sources.columns import (
+    check_stream,
+    hold_out,
+    require_rows,
+    select_columns,
+    select_stream_columns,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,7 +22,8 @@ class Options:
         config: the dataset's configuration, if it has several.
         revision: a tag or commit, so that the run can be repeated.
         train, validation, test: names of its splits; one left empty is held out from train.
-        held_out, seed, text_column, label_column: as for files.
+        held_out, seed, text_column, label_column, streaming, shuffle_documents: as for files; of a stream nothing but
+            `validation` and `test` is fetched beforehand.
     """
 
     source: str
@@ -30,11 +37,17 @@ class Options:
     seed: int = 0
     text_column: str = "text"
     label_column: str | None = None
+    streaming: bool = False
+    shuffle_documents: int = 256
+
+    def __post_init__(self) -> None:
+        check_stream(self)
 
 
 def load(options: Options) -> DatasetDict:
     """Fetch the dataset, or find it in the cache."""
-    found = load_dataset(options.dataset, options.config, revision=options.revision)
+    source = {"path": options.dataset, "name": options.config, "revision": options.revision}
+    found = load_dataset(**source, streaming=options.streaming)
     splits = {}
     for split in ("train", "validation", "test"):
         name = getattr(options, split)
@@ -45,6 +58,11 @@ def load(options: Options) -> DatasetDict:
             )
         if name:
             splits[split] = found[name]
+    if options.streaming:
+        stream = select_stream_columns(splits.pop("train"), text=options.text_column)
+        splits = DatasetDict({split: load_dataset(**source, split=getattr(options, split)) for split in splits})
+        require_rows(splits)
+        return DatasetDict({"train": stream, **select_columns(splits, text=options.text_column, label=None)})
     held = hold_out(splits, options.held_out, options.seed)
     require_rows(held)
     return select_columns(held, text=options.text_column, label=options.label_column)

@@ -7,18 +7,27 @@ import lzma
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
+from typing import Literal
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, IterableDataset, List, Value
 from torch.utils.data import Subset
-from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedTokenizerBase, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.metrics import load_metric
+from scripts.streaming import StreamedWindows
 from scripts.tasks.prepared import Prepared
 from scripts.tokenization import build_tokenizer, characters_per_token
-from scripts.windows import IGNORED, Windows
+from scripts.windows import IGNORED, TokenStream, Windows
 
 
 METRICS = ("bits_per_character", "perplexity")
@@ -41,6 +50,8 @@ class Options:
         eval_window, eval_stride: the same for scoring, where a token is scored only in the first row that predicts it;
             a smaller stride gives more context to each. `window` and half of it if left out.
         max_eval_rows: rows scored at an evaluation during training, spread over the split; all if left out.
+        documents: `joined`, where a row goes on across the end of a document, or `separate`: rows are filled just so,
+            but nothing of a document reaches the next one.
     """
 
     name: str
@@ -50,6 +61,7 @@ class Options:
     eval_window: int | None = None
     eval_stride: int | None = None
     max_eval_rows: int | None = None
+    documents: Literal["joined", "separate"] = "joined"
 
     def __post_init__(self) -> None:
         for stride, window in (("stride", "window"), ("eval_stride", "eval_window")):
@@ -61,13 +73,13 @@ class Options:
         if self.max_eval_rows is not None and self.max_eval_rows < 1:
             raise ValueError(f"`task.max_eval_rows` must be at least 1, got {self.max_eval_rows}")
 
-    def windows(self, stream: np.ndarray, *, training: bool) -> Windows:
+    def windows(self, stream: TokenStream, *, training: bool) -> Windows:
         """The rows of one split."""
-        if training:
-            stride = self.stride or self.window - 1
-            return Windows(stream, window=self.window, stride=stride, score_once=self.train_once)
-        window = self.eval_window or self.window
-        return Windows(stream, window=window, stride=self.eval_stride or window // 2, score_once=True)
+        window = self.window if training else self.eval_window or self.window
+        stride = (self.stride or window - 1) if training else (self.eval_stride or window // 2)
+        score_once = self.train_once or not training
+        separate = self.documents == "separate"
+        return Windows(stream, window=window, stride=stride, score_once=score_once, separate=separate)
 
 
 def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[str]) -> Prepared:
@@ -76,11 +88,16 @@ def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[
     if tokenizer is None:
         if recipe.tokenizer is None:
             raise ValueError('section `[tokenizer]` is missing; language_modeling needs it, such as kind = "character"')
-        tokenizer = build_tokenizer(recipe.tokenizer, (row["text"] for row in documents["train"]))
+        texts = islice((row["text"] for row in documents["train"]), recipe.tokenizer.max_texts)
+        tokenizer = build_tokenizer(recipe.tokenizer, texts)
     characters = characters_per_token(tokenizer)
     _check_report(recipe.report, characters)
-    streams = {split: token_stream(documents[split], tokenizer) for split in splits}
-    datasets = {split: options.windows(stream, training=split == "train") for split, stream in streams.items()}
+    datasets = {
+        split: options.windows(token_stream(documents[split], tokenizer), training=split == "train")
+        if isinstance(documents[split], Dataset)
+        else stream_of_rows(recipe, documents[split], tokenizer)
+        for split in splits
+    }
     monitor = datasets.get("validation")
     if monitor is not None and options.max_eval_rows is not None and options.max_eval_rows < len(monitor):
         monitor = Subset(monitor, np.linspace(0, len(monitor) - 1, options.max_eval_rows).round().astype(int).tolist())
@@ -106,11 +123,12 @@ def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[
     )
 
 
-def token_stream(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+def token_stream(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
     """
     All documents as one stream of ids: `<eos>`, then each document followed by `<eos>`.
 
-    The first `<eos>` is never predicted, so every token of every document is, the first one included.
+    The first `<eos>` is never predicted, so every token of every document is, the first one included. The tokens are
+    written to the Arrow cache once and read from there, a row at a time.
     """
     tokenized = documents.map(
         _tokenize,
@@ -120,8 +138,22 @@ def token_stream(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> np.n
         fn_kwargs={"tokenizer": tokenizer},
         desc="tokenising",
     )
-    batches = [column.flatten().to_numpy() for column in tokenized.with_format("arrow")[:]["input_ids"].chunks]
-    return np.concatenate([np.array([tokenizer.eos_token_id], dtype=np.int32), *batches])
+    return TokenStream(tokenized.with_format("arrow")[:]["input_ids"].chunks, tokenizer.eos_token_id)
+
+
+def stream_of_rows(recipe, documents: IterableDataset, tokenizer: PreTrainedTokenizerBase) -> StreamedWindows:
+    """The training rows of documents that are tokenised as they come."""
+    options, training = recipe.task, recipe.training
+    seed = training.get("data_seed")
+    return StreamedWindows(
+        documents,
+        tokenizer,
+        window=options.window,
+        stride=options.stride or options.window - 1,
+        block=recipe.data.shuffle_documents,
+        seed=training.get("seed", TrainingArguments.seed) if seed is None else seed,
+        separate=options.documents == "separate",
+    )
 
 
 def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:

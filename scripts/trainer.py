@@ -1,0 +1,74 @@
+"""`Trainer` as the recipes use it: it takes streams, and is watched for what ends a run before its time."""
+
+from functools import partial
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from scripts.faults import Watch, agree, outlive_signals
+from scripts.streaming import StreamedWindows, StreamLoader
+
+
+def _restore_to_numbered_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    return storage if location.startswith("cpu:") else None
+
+
+# Transformers 5.17 has an optimizer's state loaded to "cpu:0" in each of several processes on a CPU.
+torch.serialization.register_package(100, lambda storage: None, _restore_to_numbered_cpu)
+
+
+class RecipeTrainer(Trainer):
+    """
+    A `Trainer` that reads a [`StreamedWindows`] by parts, one for each data-parallel process, and tells a [`Watch`] of
+    every batch it trains on.
+    """
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.watches = [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watch)]
+        if isinstance(self.train_dataset, StreamedWindows):
+            self.args.ignore_data_skip = True  # a stream goes on from its own state, without reading what it gave
+
+    def get_train_dataloader(self) -> DataLoader | StreamLoader:
+        if not isinstance(self.train_dataset, StreamedWindows):
+            return _patient(super().get_train_dataloader())
+        args = self.args
+        if args.world_size > 1 and not args.average_tokens_across_devices:
+            raise ValueError(
+                "`training.average_tokens_across_devices` must be true where several processes read a stream: their "
+                "batches need not hold equally many tokens"
+            )
+        alike = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # processes that share their batches
+        return StreamLoader(
+            self.train_dataset.split(args.process_index // alike, args.world_size // alike),
+            self.data_collator,
+            self._train_batch_size,
+            everywhere=lambda true: not agree(args, int(not true))[0],
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory,
+            worker_init_fn=outlive_signals,
+        )
+
+    def get_eval_dataloader(self, *arguments, **options) -> DataLoader:
+        return _patient(super().get_eval_dataloader(*arguments, **options))
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        for watch in self.watches:
+            watch.note(loss, inputs)
+        return loss
+
+
+def _patient(loader: DataLoader) -> DataLoader:
+    """The same loader, whose workers outlive signals."""
+    base = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
+    base.worker_init_fn = partial(_init_worker, base.worker_init_fn)
+    return loader
+
+
+def _init_worker(before, worker: int) -> None:
+    outlive_signals(worker)
+    if before is not None:
+        before(worker)
