@@ -1,7 +1,7 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
 """
-Which attention heads a process has under tensor parallelism. Projections know it by themselves; REMs differ from head to
-head, so they have to be told.
+Which attention heads a process has under tensor parallelism. Projections need not know; REMs differ from head to head,
+so they have to be told.
 """
 
 from typing import Any, NamedTuple

@@ -23,17 +23,19 @@ if not __package__:  # run as a script: scripts/ is first on the path, and its e
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shutil
 import time
 from collections.abc import Iterator
 
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from scripts.budget import TimeBudget
 from scripts.checkpoints import newest_complete, put_in_place, restore_callbacks
 from scripts.hub_upload import PushError
+from scripts.parallel import attach, make_model, set_up, whole_model
 from scripts.push_to_hub import push
 from scripts.recipe import Recipe, read_recipe
 from scripts.report import commit, curve, machine, plot_curve, versions
@@ -102,7 +104,7 @@ def result_of(trainer: Trainer, prepared: Prepared, recipe: Recipe, seconds: dic
         "overrides": list(recipe.overrides),
         "metrics": metrics,
         "parameters": trainer.accelerator.unwrap_model(trainer.model).num_parameters(),
-        "tokens_seen": state.num_input_tokens_seen,
+        "tokens_seen": state.num_input_tokens_seen // trainer.get_tp_size(),  # a row once, however many share it
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "wall_seconds": seconds,
@@ -114,12 +116,13 @@ def result_of(trainer: Trainer, prepared: Prepared, recipe: Recipe, seconds: dic
     }
 
 
-def save_final(trainer: Trainer, prepared: Prepared, recipe: Recipe, result: dict, folder: Path) -> None:
+def save_final(
+    model: PreTrainedModel, trainer: Trainer, prepared: Prepared, recipe: Recipe, result: dict, folder: Path
+) -> None:
     """Write the final model with all that belongs to it beside `folder`, then rename it to `folder` at once."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(recipe.config(), "use_cache"):
         model.config.use_cache = recipe.config().use_cache  # Trainer switches it off
     elif hasattr(model.config, "use_cache"):  # or makes one up
@@ -154,13 +157,15 @@ def main(arguments: list[str] | None = None) -> dict | None:
         output_dir = options.output_dir or Path("runs") / recipe.name
         checkpoint = prepare_output(output_dir, options.resume)
         args = training_arguments(recipe, output_dir)
+        set_up(args, checkpoint)
         with args.main_process_first(desc="preparing the data"):  # the others find it in the cache
             prepared = recipe.prepare(tokenizer=None, splits=("train", "validation", "test"))
         config = recipe.config(**prepared.config_values)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     set_seed(args.seed)
-    model = prepared.auto_class.from_config(config)
+    make = functools.partial(prepared.auto_class.from_config, config)
+    model = make_model(make)
     budget = TimeBudget(recipe.budget.max_seconds)
     callbacks = [budget]
     if recipe.budget.early_stopping_patience is not None:
@@ -168,14 +173,16 @@ def main(arguments: list[str] | None = None) -> dict | None:
     if checkpoint is not None:
         restore_callbacks(callbacks, checkpoint)
     trainer = make_trainer(model, args, prepared, callbacks=callbacks)
+    attach(trainer)
     with full_disk_explained(output_dir, bytes_needed=12 * model.num_parameters()):  # weights and two moments
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     training_seconds = round(budget.seconds, 1)
     result = result_of(trainer, prepared, recipe, {"training": training_seconds})
     result["wall_seconds"]["total"] = round(time.monotonic() - started, 1)
+    model = whole_model(trainer, make)
     if trainer.is_world_process_zero():
         with full_disk_explained(output_dir, bytes_needed=12 * model.num_parameters()):
-            save_final(trainer, prepared, recipe, result, output_dir / "final")
+            save_final(model, trainer, prepared, recipe, result, output_dir / "final")
         if args.push_to_hub:
             push_final(trainer, output_dir / "final")
     trainer.accelerator.end_training()
