@@ -94,21 +94,29 @@ def is_sharded(model: PreTrainedModel) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-class ConfigCallback(TrainerCallback):
+class ShardsCallback(TrainerCallback):
     """
-    Writes config.json beside the shards of a checkpoint, which are a model for `AutoModel` then, once
-    `accelerate merge-weights CHECKPOINT/pytorch_model_fsdp_0 CHECKPOINT` has put them together.
+    Two things that `Trainer` leaves out of checkpoints under FSDP. Their folder is there before the model is saved:
+    without it the newest is not taken for the best when it is. And config.json lies beside the shards, which are a model
+    for `AutoModel` once `accelerate merge-weights CHECKPOINT/pytorch_model_fsdp_0 CHECKPOINT` has merged them.
     """
 
+    def on_evaluate(self, args, state, control, **kwargs):
+        if args.should_save and control.should_save:
+            self._folder(args, state).mkdir(parents=True, exist_ok=True)
+
     def on_save(self, args, state, control, model=None, **kwargs):
-        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and is_sharded_checkpoint(checkpoint):
-            model.config.save_pretrained(checkpoint)
+        if args.should_save:
+            model.config.save_pretrained(self._folder(args, state))
+
+    def _folder(self, args, state) -> Path:
+        return Path(args.output_dir) / f"checkpoint-{state.global_step}"
 
 
 def attach(trainer: Trainer) -> None:
     """Add to a `Trainer` what sharding asks for."""
-    trainer.add_callback(ConfigCallback())
+    if trainer.is_fsdp_enabled:
+        trainer.add_callback(ShardsCallback())
     if trainer.get_tp_size() > 1:  # every process has the results of every row, so they are not gathered
         trainer.gather_function = trainer.accelerator.gather_for_metrics = lambda results, **_: results
 
