@@ -6,9 +6,10 @@ Estimate what training a recipe needs of each of N GPUs: memory, arithmetic and 
     python scripts/estimate.py stdlib-code --gpus 8 --strategy fsdp2 --json
 
 Computed, not measured: from the formulae of scripts/scaling.py, which tests hold against what processes really use.
---batch is the rows of a GPU at a time. Without --strategy the first one that fits is taken, in the order of what it
-sends. The vocabulary of a recipe whose tokenizer is made from the data is known only then: say --set model.vocab_size=N.
-The last line of stdout, and with --json the only one, is one JSON object.
+--batch is the rows of a GPU at a time. Without --strategy the first that fits is taken: ddp, hsdp (several machines),
+fsdp2, these with activation checkpointing, tensor-parallel. A tokenizer that is made from the data says its vocabulary
+only then: give it with --set model.vocab_size=N. The last line of stdout, and with --json the only one, is one JSON
+object.
 """
 
 import sys
@@ -109,7 +110,7 @@ def step(config: RTransformerConfig, rows: int, length: int, layout: Layout) -> 
 
 
 def choices(config: RTransformerConfig, gpus: int, accumulation: int) -> list[Layout]:
-    """What to try, in order: what sends least first, and computing blocks again before sharing a row out."""
+    """What to try, in order: data parallel, sharded, sharded and computed again, and rows shared out at last."""
     found = []
     for strategy in scaling.STRATEGIES:
         if gpus == 1 and strategy != "ddp":
@@ -121,8 +122,8 @@ def choices(config: RTransformerConfig, gpus: int, accumulation: int) -> list[La
         for checkpointing in (False, True):
             options = {"element": 2, "accumulation": accumulation, "checkpointing": checkpointing}
             found.append(Layout.of(strategy, gpus, H100.gpus, **options))
-    order = {"ddp": 0, "hsdp": 1, "fsdp2": 2, "tensor-parallel": 3}
-    return sorted(found, key=lambda layout: order[layout.strategy])
+    order = ("ddp", "hsdp", "fsdp2", "tensor-parallel")
+    return sorted(found, key=lambda x: (x.strategy == order[-1], x.checkpointing, order.index(x.strategy)))
 
 
 def estimate(recipe: Recipe, options: argparse.Namespace) -> dict:
@@ -133,10 +134,10 @@ def estimate(recipe: Recipe, options: argparse.Namespace) -> dict:
         ValueError: a recipe of another model or another kind of input, or sizes below 1.
     """
     config = recipe.config()
-    if not isinstance(config, RTransformerConfig) or config.num_input_features is not None:
+    if not isinstance(config, RTransformerConfig) or recipe.task.name != "language_modeling":
         raise ValueError(
-            f"recipe {recipe.name!r} must be a language model of type 'rtransformer', got {config.model_type!r}"
-            + (" with `num_input_features`" if getattr(config, "num_input_features", None) else "")
+            f"recipe {recipe.name!r} must be a language model of type 'rtransformer', got the "
+            f"task {recipe.task.name!r} and {config.model_type!r}"
         )
     length = options.sequence_length or getattr(recipe.task, "window", None) or 512
     rows = options.batch or recipe.training.get("per_device_train_batch_size", 8)
@@ -192,8 +193,8 @@ def table(result: dict) -> str:
     least = result["seconds_at_least"]
     lines += [
         "",
-        f"At least {least['products'] * 1e3:.3g} ms of products and {least['messages'] * 1e3:.3g} ms of messages a step, "
-        "at the peak of an H100 and its network; neither is ever reached.",
+        f"At least {least['products'] * 1e3:.3g} ms of products and {least['messages'] * 1e3:.3g} ms of messages a step: "
+        "the peak of an H100 and of its network, which are never reached.",
     ]
     return "\n".join(lines)
 

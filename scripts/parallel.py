@@ -97,8 +97,8 @@ def is_sharded(model: PreTrainedModel) -> bool:
 class ShardsCallback(TrainerCallback):
     """
     Two things that `Trainer` leaves out of checkpoints under FSDP. Their folder is there before the model is saved:
-    without it the newest is not taken for the best when it is. And config.json lies beside the shards, which are a model
-    for `AutoModel` once `accelerate merge-weights CHECKPOINT/pytorch_model_fsdp_0 CHECKPOINT` has merged them.
+    without it the newest is not taken for the best when it is. And config.json lies beside the shards, which are a
+    model for `AutoModel` once `accelerate merge-weights CHECKPOINT/pytorch_model_fsdp_0 CHECKPOINT` has merged them.
     """
 
     def on_evaluate(self, args, state, control, **kwargs):

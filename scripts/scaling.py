@@ -90,10 +90,15 @@ def by_part(numbers: dict[str, int]) -> dict[str, int]:
     return {part: sum(n for name, n in numbers.items() if part_of(name) == part) for part in PARTS}
 
 
+def style_of(name: str, plan: dict[str, str]) -> str | None:
+    """How tensor parallelism cuts a parameter; None where every process has it whole."""
+    return plan.get(re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0])
+
+
 def held(name: str, shape: tuple[int, ...], layout: Layout, plan: dict[str, str]) -> int:
     """Numbers of a parameter that the first process keeps: it has the most, since shards are rounded up."""
     if layout.strategy == "tensor-parallel":
-        style = plan.get(re.sub(r"\.\d+\.", ".*.", name).rpartition(".")[0], "")
+        style = style_of(name, plan) or ""
         axis = 0 if style.startswith(("colwise", "embedding")) else len(shape) - 1 if style == "rowwise" else None
         if axis is None or (style == "rowwise" and len(shape) == 1):
             return math.prod(shape)
@@ -219,13 +224,17 @@ class Message:
 def messages(model: PreTrainedModel, rows: int, length: int, layout: Layout, per_machine: int = 8) -> list[Message]:
     """What a process sends in a step of `layout.accumulation` batches of `rows` rows."""
     numbers = {name: math.prod(shape) for name, shape in shapes(model).items()}
-    everything, in_blocks = sum(numbers.values()), sum(n for name, n in numbers.items() if ".layers." in name)
+    everything = sum(numbers.values())
     element, times, count = layout.element, layout.accumulation, layout.processes
     across = count > per_machine
     if layout.strategy == "ddp":
-        return [Message("gradients", "all_reduce", FLOAT32 * everything, count, across)]
+        used = 0 if layout.checkpointing else FLOAT32 * len(numbers)  # Trainer looks for unused ones only without it
+        return [
+            Message("gradients", "all_reduce", FLOAT32 * everything, count, across),
+            Message("which parameters were used", "all_reduce", used, count, across),
+        ]
     if layout.strategy == "tensor-parallel":
-        return _tensor_parallel_messages(model.config, rows, length, layout, across)
+        return _tensor_parallel_messages(model, rows, length, layout, across)
     # Sharded: what is cut unevenly is padded, so that all processes send as much.
     padded = {name: layout.shards * held(name, shape, layout, {}) for name, shape in shapes(model).items()}
     everything, in_blocks = sum(padded.values()), sum(n for name, n in padded.items() if ".layers." in name)
@@ -242,8 +251,11 @@ def messages(model: PreTrainedModel, rows: int, length: int, layout: Layout, per
 
 
 def _tensor_parallel_messages(
-    config: RTransformerConfig, rows: int, length: int, layout: Layout, across: bool
+    model: PreTrainedModel, rows: int, length: int, layout: Layout, across: bool
 ) -> list[Message]:
+    config, everything = model.config, shapes(model)
+    whole = sum(math.prod(shape) for name, shape in everything.items() if style_of(name, model.tp_plan) is None)
+    rems = sum(math.prod(shape) for name, shape in everything.items() if part_of(name) == "REM")
     stream = layout.accumulation * rows * length * config.hidden_size * layout.element
     layers, group = config.num_hidden_layers, layout.processes
     again = 2 if layout.checkpointing else 1
@@ -251,9 +263,8 @@ def _tensor_parallel_messages(
         Message("outputs of attention and feed-forward", "all_reduce", again * 2 * layers * stream, group, across),
         Message("their inputs' gradients: q, k, v and up", "all_reduce", 4 * layers * stream, group, across),
     ]
-    rems = [len(config.layer_rem_heads(layer)) > 0 for layer in range(layers)]
-    if any(rems):
-        sent.append(Message("gradients of REMs", "all_reduce", 0, group, across))
+    sent.append(Message("gradients of REMs", "all_reduce", layout.accumulation * FLOAT32 * rems, group, across))
+    sent.append(Message("gradients of what all have, averaged", "all_reduce", FLOAT32 * whole, group, across))
     if config.num_input_features is None:
         logits = layout.accumulation * rows * length * config.vocab_size * layout.element
         sent.append(Message("embedding, and the gradient of the head's input", "all_reduce", 2 * stream, group, across))

@@ -9,13 +9,19 @@ model. One launch serves many steps, since starting the processes takes longer t
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import distributed
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, Trainer
 from transformers.distributed import DistributedConfig
 
 
@@ -106,6 +112,65 @@ def sharded_and_whole(folder: Path, variants: dict[str, dict]) -> dict[str, dict
     return findings
 
 
+class Payloads(TorchDispatchMode):
+    """Counts the bytes of the whole tensors that collectives of torch.distributed reduce, gather or scatter."""
+
+    KINDS = {"allreduce": "all_reduce", "all_reduce": "all_reduce", "allgather": "all_gather", "all_gather": "all_gather",
+             "reduce_scatter": "reduce_scatter"}  # fmt: skip
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = dict.fromkeys(self.KINDS.values(), 0)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # DTensor's own collectives come by as plain operations then
+        result = func(*args, **(kwargs or {}))
+        namespace, name = func._schema.name.split("::")
+        kind = next((self.KINDS[key] for key in self.KINDS if name.lstrip("_").startswith(key)), None)
+        if "c10d" in namespace and kind is not None:
+            given = [t for t in pytree.tree_leaves(args) if isinstance(t, torch.Tensor)]
+            self.bytes[kind] += max(t.nbytes for t in given)
+            if name == "all_gather_into_tensor":  # functional: the result is not among the arguments
+                self.bytes[kind] += result.nbytes - max(t.nbytes for t in given)
+        return result
+
+
+def counted(run: Callable[[], None], path: Path) -> None:
+    """Writes what a training sends in its forward and backward passes, and the bytes of its weights and optimizer."""
+    plain_step, plain_end, plain_init = Trainer.training_step, train.whole_model, DDP.__init__
+    payloads = Payloads()
+    found = {}
+
+    def training_step(*args, **kwargs):
+        with payloads:
+            return plain_step(*args, **kwargs)
+
+    def whole_model(trainer, make):
+        def local(tensor):
+            return tensor.to_local().nbytes if isinstance(tensor, DTensor) else tensor.nbytes
+
+        for module in trainer.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the head's weights were kept whole after the last evaluation
+        found["weights"] = sum(local(parameter) for parameter in trainer.model.parameters())
+        state = [t for each in trainer.optimizer.state.values() for t in each.values()]
+        found["optimizer"] = sum(local(tensor) for tensor in state)
+        return plain_end(trainer, make)
+
+    def init(self, *args, **kwargs):
+        plain_init(self, *args, **kwargs)
+        self.register_comm_hook(None, allreduce_hook)  # the same messages, sent from Python, where they are seen
+
+    Trainer.training_step, train.whole_model, DDP.__init__ = training_step, whole_model, init
+    try:
+        run()
+    finally:
+        Trainer.training_step, train.whole_model, DDP.__init__ = plain_step, plain_end, plain_init
+    if distributed.get_rank() == 0:
+        path.write_text(json.dumps({**found, **payloads.bytes}))
+
+
 def main() -> None:
     Accelerator.end_training = lambda self: None  # it would end the process group, which the next step still needs
     for step in json.loads(Path(sys.argv[1]).read_text()):
@@ -113,7 +178,7 @@ def main() -> None:
             del os.environ[name]
         os.environ.update(step["environment"])
         if "train" in step:
-            train.main(step["train"])
+            counted(lambda arguments=step["train"]: train.main(arguments), Path(step["count"]))
             continue
         path = Path(step["shard"])
         findings = sharded_and_whole(path.with_suffix(""), step["variants"])

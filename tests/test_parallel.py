@@ -1,5 +1,6 @@
 """A run on several processes is the run on one: data parallel, sharded and tensor parallel."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -9,11 +10,11 @@ import torch
 import transformers
 from packaging.version import Version
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_rtransformer import RTransformerConfig, RTransformerForCausalLM
 from modeling_rtransformer.head_shard import HeadShard
-from scripts import parallel, train
+from scripts import parallel, scaling, train
 from scripts.checkpoints import damage, is_sharded_checkpoint
 from scripts.recipe import read_recipe, recipe_names
 from tests.launching import IN_FLOAT32, SETTINGS, environment, work
@@ -21,6 +22,7 @@ from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
 
 
 HAS_TENSOR_PARALLEL_TRAINING = Version(transformers.__version__) >= Version("5.23")
+NEEDS_NEW_TRANSFORMERS = pytest.mark.skipif(not HAS_TENSOR_PARALLEL_TRAINING, reason="Trainer learned it later")
 # Forty rows: ten batches of four in steps of three, so that the last step is a shorter one.
 STEPS = [
     "training.max_steps=-1",
@@ -46,6 +48,7 @@ def on(processes, name, recipe, folder, *settings, launch=(), resume=False):
     return {
         "environment": environment(name, *IN_FLOAT32, "--num_processes", str(processes), *launch),
         "train": arguments + ["--resume"] * resume,
+        "count": str(folder.with_suffix(".json")),
     }
 
 
@@ -115,10 +118,31 @@ def two(recipe, tmp_path_factory):
     return folder
 
 
-needs_new_transformers = pytest.mark.skipif(not HAS_TENSOR_PARALLEL_TRAINING, reason="Trainer learned it later")
+def check_counts(folder, name, processes, **options):
+    """What scripts/scaling.py computes of the run is what was counted in it, to the byte."""
+    counted = json.loads(folder.with_suffix(".json").read_text())
+    layout = scaling.Layout.of(name, processes, per_machine=2, **options)
+    config = AutoConfig.from_pretrained(folder / "final")
+    model = scaling.on_meta(config, AutoModelForCausalLM)
+    states = scaling.states(model, layout)
+    assert {name: counted[name] for name in ("weights", "optimizer")} == {
+        n: states[n] for n in ("weights", "optimizer")
+    }
+    sent = dict.fromkeys(("all_reduce", "all_gather", "reduce_scatter"), 0)
+    for accumulated in (3, 3, 3, 1):
+        rows = 4 if name == "tensor-parallel" else 4 // processes
+        now = dataclasses.replace(layout, accumulation=accumulated)
+        for message in scaling.messages(model, rows, 33, now):
+            sent[message.collective] += message.size
+    assert {kind: counted[kind] for kind in sent} == sent
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp2", pytest.param("tensor-parallel", marks=needs_new_transformers)])
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", pytest.param("tensor-parallel", marks=NEEDS_NEW_TRANSFORMERS)])
+def test_what_is_held_and_sent_is_what_was_computed(name, two):
+    check_counts(two / name, name, processes=2, checkpointing=name == "fsdp2")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", pytest.param("tensor-parallel", marks=NEEDS_NEW_TRANSFORMERS)])
 def test_two_processes_are_one(name, one, two):
     assert_same_run(two / name, one)
 
@@ -253,10 +277,12 @@ def test_four_processes_are_one(recipe, one, two, tmp_path):
     ]
     if HAS_TENSOR_PARALLEL_TRAINING:
         tensor_parallel = ("--parallelism_config_tp_size", "4")
-        plan.append(on(4, "tensor-parallel", recipe, tmp_path / "tensor-parallel", launch=tensor_parallel))
+        again = "training.gradient_checkpointing=true"
+        plan.append(on(4, "tensor-parallel", recipe, tmp_path / "tensor-parallel", again, launch=tensor_parallel))
     work(plan, tmp_path, processes=4)
     for name in ("ddp", "hsdp", *(["tensor-parallel"] if HAS_TENSOR_PARALLEL_TRAINING else [])):
         assert_same_run(tmp_path / name, one)
+        check_counts(tmp_path / name, name, processes=4, checkpointing=name == "tensor-parallel")
     assert_same_run_after(2, tmp_path / "fsdp2", one)
     for found in json.loads((tmp_path / "shard.json").read_text()).values():
         check_shards(found)
