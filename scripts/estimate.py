@@ -193,7 +193,7 @@ def table(result: dict) -> str:
     least = result["seconds_at_least"]
     lines += [
         "",
-        f"At least {least['products'] * 1e3:.3g} ms of products and {least['messages'] * 1e3:.3g} ms of messages a step: "
+        f"At least {least['products'] * 1e3:.3g} ms of products and {least['messages'] * 1e3:.3g} ms of messages: "
         "the peak of an H100 and of its network, which are never reached.",
     ]
     return "\n".join(lines)

@@ -258,15 +258,16 @@ def _tensor_parallel_messages(
     rems = sum(math.prod(shape) for name, shape in everything.items() if part_of(name) == "REM")
     stream = layout.accumulation * rows * length * config.hidden_size * layout.element
     layers, group = config.num_hidden_layers, layout.processes
-    again = 2 if layout.checkpointing else 1
+    outputs = 3 if layout.checkpointing else 2  # the feed-forward's is the last of a block, and not needed again
     sent = [
-        Message("outputs of attention and feed-forward", "all_reduce", again * 2 * layers * stream, group, across),
+        Message("outputs of attention and feed-forward", "all_reduce", outputs * layers * stream, group, across),
         Message("their inputs' gradients: q, k, v and up", "all_reduce", 4 * layers * stream, group, across),
     ]
     sent.append(Message("gradients of REMs", "all_reduce", layout.accumulation * FLOAT32 * rems, group, across))
     sent.append(Message("gradients of what all have, averaged", "all_reduce", FLOAT32 * whole, group, across))
     if config.num_input_features is None:
-        logits = layout.accumulation * rows * length * config.vocab_size * layout.element
+        vocabulary = group * math.ceil(config.vocab_size / group)
+        logits = layout.accumulation * rows * length * vocabulary * layout.element
         sent.append(Message("embedding, and the gradient of the head's input", "all_reduce", 2 * stream, group, across))
         sent.append(Message("logits", "all_gather", logits, group, across))
     return sent

@@ -4,13 +4,13 @@ Train a recipe, keep its best checkpoint and score it on held-out data.
     python scripts/train.py stdlib-code
     python scripts/train.py digits --output-dir runs/wide --set model.hidden_size=128 --set training.learning_rate=1e-3
     python scripts/train.py stdlib-code --resume
-    accelerate launch --multi_gpu --num_processes 2 scripts/train.py stdlib-code --set training.use_cpu=true
+    accelerate launch --config_file configuration/accelerate/fsdp2.yaml scripts/train.py stdlib-code
 
 A recipe is a folder of configuration/ by name, or any folder with a config.json and a training.toml. The run goes to
 runs/<recipe>, or --output-dir: checkpoint-<step>/ while it trains, and final/ at the end, which has the best model, its
 tokenizer, results.json, curve.json, curve.png and training.toml. final/ is a recipe itself, and what evaluate.py and
 generate.py take. Progress goes to stderr. The last line of stdout is the result, the JSON of results.json on one line.
-Under accelerate launch, leave training.use_cpu out where there are GPUs. With --set training.push_to_hub=true (and
+docs/SCALING.md has the ways to launch several processes. With --set training.push_to_hub=true (and
 training.hub_model_id) the checkpoints go to the Hub as they are made, and final/ with its card at the end.
 """
 

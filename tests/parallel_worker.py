@@ -115,8 +115,11 @@ def sharded_and_whole(folder: Path, variants: dict[str, dict]) -> dict[str, dict
 class Payloads(TorchDispatchMode):
     """Counts the bytes of the whole tensors that collectives of torch.distributed reduce, gather or scatter."""
 
-    KINDS = {"allreduce": "all_reduce", "all_reduce": "all_reduce", "allgather": "all_gather", "all_gather": "all_gather",
-             "reduce_scatter": "reduce_scatter"}  # fmt: skip
+    KINDS = {
+        **dict.fromkeys(("allreduce", "all_reduce"), "all_reduce"),
+        **dict.fromkeys(("allgather", "all_gather"), "all_gather"),
+        "reduce_scatter": "reduce_scatter",
+    }
 
     def __init__(self):
         super().__init__()

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_rtransformer import RTransformerConfig, RTransformerForCausalLM
 from modeling_rtransformer.head_shard import HeadShard
-from scripts import parallel, scaling, train
+from scripts import scaling, train
 from scripts.checkpoints import damage, is_sharded_checkpoint
 from scripts.recipe import read_recipe, recipe_names
 from tests.launching import IN_FLOAT32, SETTINGS, environment, work
@@ -208,7 +208,7 @@ def assert_same_run_after(step, ours, theirs):
         torch.testing.assert_close(our_weights[name], weight, rtol=1e-5, atol=1e-5)
 
 
-def test_a_sharded_run_does_not_go_on_without_sharding(recipe, two, tmp_path, capsys):
+def test_a_sharded_run_does_not_go_on_without_sharding(recipe, two, tmp_path):
     run = copy_until(two / "fsdp2", tmp_path / "run", step=2)
     with pytest.raises(SystemExit, match="is of a run with FSDP; go on with the launcher's settings of then"):
         train.main([str(recipe), "--output-dir", str(run), "--resume", *with_settings(*STEPS)])
@@ -252,15 +252,19 @@ def test_accelerate_takes_every_file_of_launch_settings(path):
     assert found.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", "1") == ("8" if path.stem == "hsdp" else "1")
 
 
-def test_the_folder_of_launch_settings_is_no_recipe(tmp_path):
+def test_the_folder_of_launch_settings_is_no_recipe():
     assert "accelerate" not in recipe_names()
     with pytest.raises(FileNotFoundError, match="recipe 'accelerate' is neither a folder nor a name"):
         read_recipe("accelerate")
 
 
-def test_the_plain_operations_are_not_asked_for_whole_models(one):
-    model = AutoModelForCausalLM.from_pretrained(one / "final")
-    assert not parallel.is_sharded(model)
+@pytest.mark.slow
+def test_compiled_processes_are_one(recipe, one, tmp_path):
+    names = ["ddp", "fsdp2", *(["tensor-parallel"] if HAS_TENSOR_PARALLEL_TRAINING else [])]
+    plan = [on(2, name, recipe, tmp_path / name, "training.torch_compile=true") for name in names]
+    work(plan, tmp_path, processes=2)
+    for name in names:
+        assert_same_run(tmp_path / name, one)
 
 
 @pytest.mark.slow
