@@ -24,6 +24,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_rtransformer import RTransformerConfig
+from .head_shard import HeadShard
 from .local_rnn import LocalRNN
 from .recurrence_encoding import RecurrenceEncoding
 
@@ -190,11 +191,13 @@ class RTransformerAttention(nn.Module):
             **kwargs,
         )  # (B, T, H, d), (B, H, T, L) or None
         if self.recurrence is not None:
+            shard = HeadShard.of(self.v_proj.weight, value.shape[1], self.config.num_attention_heads)
             if weights is not None:  # the definition, from the matrix
-                weights = self.recurrence.mixing_matrix(weights, positions, segment_ids)
+                weights = self.recurrence.mixing_matrix(weights, positions, segment_ids, shard)
                 output = (weights @ value_states).transpose(1, 2)
             else:  # without a past the queries are all positions there are, also in a cache with room for more
-                output = self.recurrence(output, value if positions is None else value_states, positions, segment_ids)
+                values = value if positions is None else value_states
+                output = self.recurrence(output, values, positions, segment_ids, shard)
         return self.o_proj(output.reshape(*input_shape, -1)), weights
 
 

@@ -75,6 +75,13 @@ class RTransformerPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: RTransformerConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
+        distributed = getattr(config, "distributed_config", None)
+        tp_size = getattr(distributed, "tp_size", None) or 1
+        if config.num_attention_heads % tp_size:
+            raise ValueError(
+                f"`num_attention_heads` must be divisible by `tp_size` ({tp_size}), since a process has whole heads, "
+                f"got {config.num_attention_heads}"
+            )
         if config.num_input_features is not None:
             self.main_input_name = "input_values"
 

@@ -28,6 +28,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .head_shard import HeadShard
+
 
 class RemHeads(NamedTuple):
     """The eigenvalue of each of R heads, at least float32: `decay` and `angle` `(R,)`, and `is_sine` `(R,)`, bool."""
@@ -49,6 +51,15 @@ class RemHeads(NamedTuple):
         cosine, sine = self.powers(steps.clamp(min=1))
         values = torch.where(self.is_sine.view((-1,) + (1,) * steps.dim()), sine, cosine)
         return values.masked_fill(steps < 1, 0)
+
+
+class HeadsAtHand(NamedTuple):
+    """The heads that this process computes: all H of the layer or, under tensor parallelism, a run of them."""
+
+    heads: range
+    groups: list[tuple[int, slice]]  # each dilation, and which of the R heads with a REM have it
+    run: slice | None  # where the heads with a REM are among `heads`; None if they must be gathered
+    index: torch.Tensor  # (R',) the same, in the order of the groups
 
 
 def rem_matrix(heads: RemHeads, positions: torch.Tensor, length: int, dilation: int, is_causal: bool) -> torch.Tensor:
@@ -255,29 +266,53 @@ class RecurrenceEncoding(nn.Module):
             "is_sine": torch.tensor([kind == "second_cyclical" for kind in self.kinds]),
         }
 
-    def heads(self) -> RemHeads:
-        """The eigenvalues of the R heads, ordered by dilation, in float32 or better whatever the model's dtype."""
+    def learned(self, shard: HeadShard | None = None) -> tuple[torch.Tensor, ...]:
+        """`eta`, `nu`, `theta` and `mu`, in float32 or better whatever the model's dtype."""
+        parameters = (self.eta, self.nu, self.theta, self.mu)
+        if shard is not None:  # side by side, so that their gradients are one message
+            parameters = shard.replicated(torch.cat(parameters)).split([p.numel() for p in parameters])
         dtype = torch.promote_types(self.mu.dtype, torch.float32)
-        eta, nu, theta = self.eta.to(dtype), self.nu.to(dtype), self.theta.to(dtype)
+        return tuple(parameter.to(dtype) for parameter in parameters)
+
+    def heads(self, learned: tuple[torch.Tensor, ...] | None = None) -> RemHeads:
+        """The eigenvalues of the R heads, ordered by dilation; `learned` if there already."""
+        eta, nu, theta, _ = learned or self.learned()
         decay = torch.cat([torch.tanh(eta), torch.sigmoid(nu)])[self.eigenvalue_index]
         angle = torch.cat([torch.zeros_like(eta), theta])[self.eigenvalue_index]
         return RemHeads(decay, angle, self.is_sine)
 
-    def gates(self) -> torch.Tensor:
+    def gates(self, learned: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
         """gate = sigmoid(mu) of each of the H attention heads, zero for a plain one: `(H,)`, at least float32."""
-        gate = torch.sigmoid(self.mu.to(torch.promote_types(self.mu.dtype, torch.float32)))
+        gate = torch.sigmoid((learned or self.learned())[3])
         return gate.new_zeros(self.num_attention_heads).index_copy(0, self.head_index, gate.expand(len(self.kinds)))
 
-    def _by_dilation(self) -> list[tuple[int, slice]]:
-        """`(dilation, heads)` of each group of REM heads with one dilation."""
-        return [
-            (m, slice(self.dilations.index(m), self.dilations.index(m) + self.dilations.count(m)))
-            for m in dict.fromkeys(self.dilations)
-        ]
+    def at_hand(self, shard: HeadShard | None = None) -> HeadsAtHand:
+        """All heads, or those of a shard."""
+        heads = range(self.num_attention_heads) if shard is None else range(shard.first, shard.last)
+        groups = []
+        for dilation in dict.fromkeys(self.dilations):
+            of_dilation = [
+                place
+                for place, (head, m) in enumerate(zip(self.head_indices, self.dilations))
+                if m == dilation and head in heads
+            ]
+            if of_dilation:  # a slice, since heads of one dilation are in order
+                groups.append((dilation, slice(of_dilation[0], of_dilation[-1] + 1)))
+        if shard is None:
+            return HeadsAtHand(heads, groups, self.head_run, self.head_index)
+        index = torch.cat([self.head_index[:0], *(self.head_index[group] for _, group in groups)]) - shard.first
+        return HeadsAtHand(heads, groups, None, index)
 
-    def matrix(self, positions: torch.Tensor, length: int, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def matrix(
+        self,
+        positions: torch.Tensor,
+        length: int,
+        segment_ids: torch.Tensor | None = None,
+        shard: HeadShard | None = None,
+        learned: tuple[torch.Tensor, ...] | None = None,
+    ) -> torch.Tensor:
         """
-        P of all H heads, zero for a plain one.
+        P of all H heads, or those of a shard, zero for a plain one.
 
         Args:
             positions (`(T,)`): the queries' rows; the keys stand at 0 to `length` - 1.
@@ -286,13 +321,15 @@ class RecurrenceEncoding(nn.Module):
         Returns:
             `(1, H, T, length)`, or `(B, H, T, length)` with `segment_ids`.
         """
-        heads = self.heads()
+        heads, here = self.heads(learned), self.at_hand(shard)
         groups = [
             rem_matrix(RemHeads(*(field[group] for field in heads)), positions, length, dilation, self.is_causal)
-            for dilation, group in self._by_dilation()
+            for dilation, group in here.groups
         ]
-        matrix = heads.decay.new_zeros(self.num_attention_heads, positions.shape[0], length)
-        matrix = matrix.index_copy(0, self.head_index, torch.cat(groups))[None]
+        matrix = heads.decay.new_zeros(len(here.heads), positions.shape[0], length)
+        if groups:
+            matrix = matrix.index_copy(0, here.index, torch.cat(groups))
+        matrix = matrix[None]
         if segment_ids is not None:
             matrix = matrix * (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
         return matrix
@@ -303,25 +340,28 @@ class RecurrenceEncoding(nn.Module):
         positions: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
         gates: torch.Tensor | None = None,
+        shard: HeadShard | None = None,
+        learned: tuple[torch.Tensor, ...] | None = None,
     ) -> torch.Tensor:
         """
-        P V of the R heads that have a REM, ordered by dilation.
+        P V of the R heads that have a REM, or those of them in a shard, ordered by dilation.
 
         Args:
-            values (`(B, H, L, d)`): of all heads, zero where padded.
+            values (`(B, H, L, d)`): of all heads, or the shard's, zero where padded.
             positions (`(T,)`, *optional*): rows of the queries among the keys; all L of them if None.
             gates (`(R,)`, *optional*): a factor of each head's P.
 
         Returns:
             `(B, R, T, d)`.
         """
-        values = values.index_select(1, self.head_index) if self.head_run is None else values[:, self.head_run]
-        heads = self.heads()
-        products = []
-        for dilation, group in self._by_dilation():
+        heads, here = self.heads(learned), self.at_hand(shard)
+        values = values.index_select(1, here.index) if here.run is None else values[:, here.run]
+        products, done = [], 0
+        for dilation, group in here.groups:
             group_heads = RemHeads(*(field[group] for field in heads))
             group_gates = None if gates is None else gates[group]
-            group_values = values[:, group]
+            group_values = values[:, done : done + group.stop - group.start]
+            done += group.stop - group.start
             if positions is None:
                 products.append(self._whole(group_heads, group_values, dilation, segment_ids, group_gates))
             elif torch.compiler.is_exporting() or positions.shape[0] <= chunk_length(values.shape[2]):
@@ -344,6 +384,7 @@ class RecurrenceEncoding(nn.Module):
         values: torch.Tensor,
         positions: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
+        shard: HeadShard | None = None,
     ) -> torch.Tensor:
         """
         (1 - gate) * softmax(...) V + gate * P V for each head; a plain head is left as it is.
@@ -351,17 +392,22 @@ class RecurrenceEncoding(nn.Module):
         Args:
             attention_output (`(B, T, H, d)`): softmax(Q K' / sqrt(d)) V.
             values, positions, segment_ids: as in [`RecurrenceEncoding.product`].
+            shard: which of the heads these are; all of them if None.
 
         Returns:
             `(B, T, H, d)`.
         """
-        gates = self.gates()
-        product = self.product(values, positions, segment_ids, gates[self.head_index]).transpose(1, 2)  # (B, T, R, d)
-        complement = (1 - gates)[:, None].to(attention_output.dtype)
-        if self.head_run is None:
-            return (attention_output * complement).index_add(2, self.head_index, product)
-        first, last = self.head_run.start, self.head_run.stop
-        mixed = torch.addcmul(product, attention_output[:, :, self.head_run], complement[self.head_run])
+        here, learned = self.at_hand(shard), self.learned(shard)
+        gates = self.gates(learned)
+        complement = (1 - gates[here.heads.start : here.heads.stop])[:, None].to(attention_output.dtype)
+        if not here.groups:  # not left out: every process takes part in the message of the gates' gradients
+            return attention_output * complement
+        product = self.product(values, positions, segment_ids, gates[self.head_index], shard, learned)
+        product = product.transpose(1, 2)  # (B, T, R, d)
+        if here.run is None:
+            return (attention_output * complement).index_add(2, here.index, product)
+        first, last = here.run.start, here.run.stop
+        mixed = torch.addcmul(product, attention_output[:, :, here.run], complement[here.run])
         if last - first == self.num_attention_heads:
             return mixed
         return torch.cat([attention_output[:, :, :first], mixed, attention_output[:, :, last:]], dim=2)
@@ -371,6 +417,7 @@ class RecurrenceEncoding(nn.Module):
         attention_weights: torch.Tensor,
         positions: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
+        shard: HeadShard | None = None,
     ) -> torch.Tensor:
         """
         (1 - gate) * softmax(...) + gate * P, the matrix that multiplies the values: `(B, H, T, L)`, from attention
@@ -379,8 +426,10 @@ class RecurrenceEncoding(nn.Module):
         queries, length = attention_weights.shape[2:]
         if positions is None:
             positions = torch.arange(queries, device=attention_weights.device)
-        gates = self.gates()[:, None, None]
-        mixed = (1 - gates) * attention_weights + gates * self.matrix(positions, length, segment_ids)
+        here, learned = self.at_hand(shard), self.learned(shard)
+        gates = self.gates(learned)[here.heads.start : here.heads.stop, None, None]
+        matrix = self.matrix(positions, length, segment_ids, shard, learned)
+        mixed = (1 - gates) * attention_weights + gates * matrix
         return mixed.to(attention_weights.dtype)
 
     def extra_repr(self) -> str:

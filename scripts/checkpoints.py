@@ -6,12 +6,17 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from torch.distributed.checkpoint import FileSystemReader
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
+
+# What accelerate saves under FSDP, of the model and of the optimizer: shards in folders, or one file each.
+SHARDS = ("pytorch_model_fsdp_0", "optimizer_0")
+FULL_STATES = ("pytorch_model_fsdp.bin", "optimizer.bin")
 
 
 def newest_complete(run: Path) -> Path | None:
@@ -25,10 +30,21 @@ def newest_complete(run: Path) -> Path | None:
     return None
 
 
+def is_sharded_checkpoint(folder: Path) -> bool:
+    """Whether a checkpoint of `Trainer` was saved under FSDP."""
+    return (folder / SHARDS[0]).is_dir() or (folder / FULL_STATES[0]).is_file()
+
+
 def damage(folder: Path) -> str | None:
     """What a kill or a full disk while saving has left wrong with a checkpoint of `Trainer`; None if nothing."""
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        archives = [folder / "scheduler.pt", *(sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"])]
+        if (folder / SHARDS[0]).is_dir():
+            problems = (_shards_damage(folder / name) for name in SHARDS)
+            return next(filter(None, problems), None) or _archives_damage(archives)
+        if (folder / FULL_STATES[0]).is_file():
+            return _archives_damage([*(folder / name for name in FULL_STATES), *archives])
         weights = sorted(folder.glob("model*.safetensors"))
         if (folder / "model.safetensors.index.json").is_file():
             index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
@@ -40,10 +56,30 @@ def damage(folder: Path) -> str | None:
                 return f"{path.name} is cut off"
     except (OSError, ValueError, KeyError) as error:
         return str(error)
-    states = sorted(folder.glob("rng_state*.pth"))
-    for path in [folder / "optimizer.pt", folder / "scheduler.pt", *(states or [folder / "rng_state.pth"])]:
+    return _archives_damage([folder / "optimizer.pt", *archives])
+
+
+def _archives_damage(paths: Iterable[Path]) -> str | None:
+    for path in paths:
         if not zipfile.is_zipfile(path):  # what torch.save writes is a zip archive, with its index at the end
             return f"{path.name} is {'cut off' if path.is_file() else 'missing'}"
+    return None
+
+
+def _shards_damage(folder: Path) -> str | None:
+    """The same for shards of `torch.distributed.checkpoint`, whose `.metadata`, written last, says what is where."""
+    if not (folder / ".metadata").is_file():
+        return f"{folder.name}/.metadata is missing"
+    try:
+        stored = FileSystemReader(folder).read_metadata().storage_data.values()
+    except Exception as error:  # a pickle that is cut off fails in many ways
+        return f"{folder.name}/.metadata is cut off ({type(error).__name__})"
+    for piece in stored:
+        path = folder / piece.relative_path
+        if not path.is_file():
+            return f"{folder.name}/{path.name} is missing"
+        if path.stat().st_size < piece.offset + piece.length:
+            return f"{folder.name}/{path.name} is cut off"
     return None
 
 

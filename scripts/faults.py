@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
@@ -84,9 +85,7 @@ class Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
         losses = torch.stack([loss.float() for loss, _ in self._step])
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-        norm = get_total_norm(gradients)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = gradient_norm(model)
         if getattr(optimizer, "scaler", None) is not None:
             norm = torch.zeros_like(norm)  # float16's loss scale is found by overflowing; such a step is left out
         finite = torch.isfinite(losses).all() & torch.isfinite(norm).to(losses.device)
@@ -127,6 +126,15 @@ def agree(args: TrainingArguments, *values: torch.Tensor | int) -> list[int]:
     if args.world_size > 1:
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return values.tolist()
+
+
+def gradient_norm(model: PreTrainedModel) -> torch.Tensor:
+    """The norm of all gradients, of whole ones and of those that are shared out (DTensor) alike."""
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    shared = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
+    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
+    norms = [get_total_norm(shared).full_tensor()] if shared else []
+    return get_total_norm([*norms, get_total_norm(whole)])
 
 
 def _local(parameter: torch.Tensor) -> torch.Tensor:

@@ -192,6 +192,11 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def recipe_names() -> list[str]:
+    """The folders of configuration/; accelerate/ has settings for launching any of them."""
+    return sorted(path.name for path in CONFIGURATION.iterdir() if path.is_dir() and path.name != "accelerate")
+
+
 def _check_stream(recipe: Recipe) -> None:
     if not getattr(recipe.data, "streaming", False):
         return
@@ -208,10 +213,9 @@ def _check_stream(recipe: Recipe) -> None:
 
 def recipe_folder(recipe: str | Path) -> Path:
     """The folder of a recipe, given by its name or its path."""
-    named = CONFIGURATION / recipe
-    folder = named if named.is_dir() else Path(recipe)
+    known = recipe_names()
+    folder = CONFIGURATION / recipe if str(Path(recipe)) in known else Path(recipe)
     if not folder.is_dir():
-        known = sorted(path.name for path in CONFIGURATION.iterdir() if path.is_dir())
         raise FileNotFoundError(
             f"recipe {str(recipe)!r} is neither a folder nor a name in configuration/ ({', '.join(known)})"
             f"{nearest(str(recipe), known)}"

@@ -4,14 +4,14 @@ Train a recipe, keep its best checkpoint and score it on held-out data.
     python scripts/train.py stdlib-code
     python scripts/train.py digits --output-dir runs/wide --set model.hidden_size=128 --set training.learning_rate=1e-3
     python scripts/train.py stdlib-code --resume
-    accelerate launch --multi_gpu --num_processes 2 scripts/train.py stdlib-code --set training.use_cpu=true
+    accelerate launch --config_file configuration/accelerate/fsdp2.yaml scripts/train.py stdlib-code
 
 A recipe is a folder of configuration/ by name, or any folder with a config.json and a training.toml. The run goes to
 runs/<recipe>, or --output-dir: checkpoint-<step>/ while it trains, and final/ at the end, which has the best model, its
 tokenizer, results.json, curve.json, curve.png and training.toml. final/ is a recipe itself, and what evaluate.py and
 generate.py take. Progress goes to stderr. The last line of stdout is the result, the JSON of results.json on one line.
-SIGTERM and Ctrl-C save the step that is being made and end with 143 and 130; --resume goes on from there. Under
-accelerate launch, leave training.use_cpu out where there are GPUs. With --set training.push_to_hub=true (and
+SIGTERM and Ctrl-C save the step that is being made and end with 143 and 130; --resume goes on from there.
+docs/SCALING.md has the ways to launch several processes. With --set training.push_to_hub=true (and
 training.hub_model_id) the checkpoints go to the Hub as they are made, and final/ with its card at the end.
 """
 
@@ -24,6 +24,7 @@ if not __package__:  # run as a script: scripts/ is first on the path, and its e
 
 import argparse
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -31,7 +32,7 @@ import signal
 import time
 from typing import NoReturn
 
-from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from scripts.budget import EpochDrops, TimeBudget
 from scripts.checkpoints import newest_complete, put_in_place, restore_callbacks
@@ -45,6 +46,7 @@ from scripts.faults import (
     restart_count,
 )
 from scripts.hub_upload import PushError
+from scripts.parallel import attach, make_model, set_up, whole_model
 from scripts.plots import curve, plot_curve
 from scripts.provenance import commit, machine, versions
 from scripts.push_to_hub import push
@@ -101,7 +103,7 @@ def result_of(trainer: Trainer, prepared: Prepared, recipe: Recipe, seconds: dic
         "overrides": list(recipe.overrides),
         "metrics": metrics,
         "parameters": trainer.accelerator.unwrap_model(trainer.model).num_parameters(),
-        "tokens_seen": state.num_input_tokens_seen,
+        "tokens_seen": state.num_input_tokens_seen // trainer.get_tp_size(),  # a row once, however many share it
         "steps": state.global_step,
         "best_step": state.best_global_step,
         "wall_seconds": seconds,
@@ -113,12 +115,13 @@ def result_of(trainer: Trainer, prepared: Prepared, recipe: Recipe, seconds: dic
     }
 
 
-def save_final(trainer: Trainer, prepared: Prepared, recipe: Recipe, result: dict, folder: Path) -> None:
+def save_final(
+    model: PreTrainedModel, trainer: Trainer, prepared: Prepared, recipe: Recipe, result: dict, folder: Path
+) -> None:
     """Write the final model with all that belongs to it beside `folder`, then rename it to `folder` at once."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    model = trainer.accelerator.unwrap_model(trainer.model)
     if hasattr(recipe.config(), "use_cache"):
         model.config.use_cache = recipe.config().use_cache  # Trainer switches it off
     elif hasattr(model.config, "use_cache"):  # or makes one up
@@ -165,10 +168,12 @@ def main(arguments: list[str] | None = None) -> dict | None:
         require_writable(output_dir)
         meet_anew(recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
         args = training_arguments(recipe, output_dir)
+        set_up(args, checkpoint)
         with args.main_process_first(desc="preparing the data"):  # the others find it in the cache
             prepared = recipe.prepare(tokenizer=None, splits=("train", "validation", "test"))
         set_seed(args.seed)
-        model = prepared.auto_class.from_config(recipe.config(**prepared.config_values))
+        make = functools.partial(prepared.auto_class.from_config, recipe.config(**prepared.config_values))
+        model = make_model(make)
         require_room(output_dir, model, args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -182,6 +187,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
     if checkpoint is not None:
         restore_callbacks(callbacks, checkpoint)
     trainer = make_trainer(model, args, prepared, callbacks=callbacks)
+    attach(trainer)
     try:
         with watch.signals(), full_disk_explained(output_dir, model):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -193,9 +199,10 @@ def main(arguments: list[str] | None = None) -> dict | None:
     training_seconds = round(budget.seconds, 1)
     result = result_of(trainer, prepared, recipe, {"training": training_seconds})
     result["wall_seconds"]["total"] = round(time.monotonic() - started, 1)
+    model = whole_model(trainer, make)
     if trainer.is_world_process_zero():
         with full_disk_explained(output_dir, model):
-            save_final(trainer, prepared, recipe, result, output_dir / "final")
+            save_final(model, trainer, prepared, recipe, result, output_dir / "final")
         if args.push_to_hub:
             push_final(trainer, output_dir / "final")
     trainer.accelerator.end_training()

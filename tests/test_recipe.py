@@ -6,11 +6,11 @@ import json
 import pytest
 from transformers import AutoConfig, TrainingArguments
 
-from scripts.recipe import CONFIGURATION, read_recipe
+from scripts.recipe import CONFIGURATION, read_recipe, recipe_names
 from tests.tiny_recipe import CLASSIFICATION, LANGUAGE_MODELING, write_recipe
 
 
-RECIPES = sorted(path.name for path in CONFIGURATION.iterdir() if path.is_dir())
+RECIPES = recipe_names()
 
 
 @pytest.fixture

@@ -1,0 +1,292 @@
+"""A run on several processes is the run on one: data parallel, sharded and tensor parallel."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from packaging.version import Version
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from modeling_rtransformer import RTransformerConfig, RTransformerForCausalLM
+from modeling_rtransformer.head_shard import HeadShard
+from scripts import scaling, train
+from scripts.checkpoints import damage, is_sharded_checkpoint
+from scripts.recipe import read_recipe, recipe_names
+from tests.launching import IN_FLOAT32, SETTINGS, environment, work
+from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
+
+
+HAS_TENSOR_PARALLEL_TRAINING = Version(transformers.__version__) >= Version("5.23")
+NEEDS_NEW_TRANSFORMERS = pytest.mark.skipif(not HAS_TENSOR_PARALLEL_TRAINING, reason="Trainer learned it later")
+# Forty rows: ten batches of four in steps of three, so that the last step is a shorter one.
+STEPS = [
+    "training.max_steps=-1",
+    "training.num_train_epochs=1",
+    "training.gradient_accumulation_steps=3",
+    "training.eval_steps=2",
+    "training.save_steps=2",
+    "training.save_total_limit=9",
+    "training.adam_epsilon=1e-4",  # the keys' biases have no gradient but rounding, which Adam would blow up
+    "task.eval_stride=32",
+]
+
+
+def with_settings(*settings):
+    return [part for setting in settings for part in ("--set", setting)]
+
+
+def on(processes, name, recipe, folder, *settings, launch=(), resume=False):
+    """A step of a plan: the recipe under one of the launch settings, in the global batch of one process."""
+    share = 1 if name == "tensor-parallel" else processes
+    batch = f"training.per_device_train_batch_size={4 // share}"
+    arguments = [str(recipe), "--output-dir", str(folder), *with_settings(*STEPS, batch, *settings)]
+    return {
+        "environment": environment(name, *IN_FLOAT32, "--num_processes", str(processes), *launch),
+        "train": arguments + ["--resume"] * resume,
+        "count": str(folder.with_suffix(".json")),
+    }
+
+
+def curve(folder):
+    return [row["loss"] for row in json.loads((folder / "final" / "curve.json").read_text())["training"]]
+
+
+def assert_same_run(ours: Path, theirs: Path):
+    assert curve(ours) == pytest.approx(curve(theirs), rel=1e-5)
+    our_weights, their_weights = (load_file(folder / "final" / "model.safetensors") for folder in (ours, theirs))
+    assert our_weights.keys() == their_weights.keys()
+    for name, weight in their_weights.items():
+        torch.testing.assert_close(
+            our_weights[name], weight, rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    our_result, their_result = (
+        json.loads((folder / "final" / "results.json").read_text()) for folder in (ours, theirs)
+    )
+    for split in ("validation", "test"):
+        assert our_result["metrics"][split] == pytest.approx(their_result["metrics"][split], rel=1e-5)
+    for key in ("tokens_seen", "steps", "best_step", "parameters"):
+        assert our_result[key] == their_result[key], key
+
+
+def copy_until(folder, copy, step):
+    """A run as it was when it was killed after the checkpoint of `step`."""
+    copy.mkdir()
+    shutil.copytree(folder / f"checkpoint-{step}", copy / f"checkpoint-{step}")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    shape = {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2}
+    kinds = ["regular", "none", "first_cyclical", "second_cyclical"]
+    return write_recipe(folder, LANGUAGE_MODELING, write_text(folder, lines=54), rem_kinds=kinds, **shape)
+
+
+@pytest.fixture(scope="module")
+def one(recipe, tmp_path_factory):
+    """The run on one process."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    result = train.main([str(recipe), "--output-dir", str(folder), *with_settings(*STEPS)])
+    assert result["steps"] == 4 and result["tokens_seen"] == 40 * 33
+    return folder
+
+
+VARIANTS = {
+    "fused": {"checkpointing": True},
+    "eager": {"options": {"attn_implementation": "eager"}, "config": {"rem_gate": "head", "num_local_rnns": 0}},
+}
+
+
+@pytest.fixture(scope="module")
+def two(recipe, tmp_path_factory):
+    """All that is run on two processes; the folder has a run of each name."""
+    folder = tmp_path_factory.mktemp("two")
+    plan = [
+        on(2, "ddp", recipe, folder / "ddp"),
+        on(2, "fsdp2", recipe, folder / "fsdp2", launch=("--fsdp_activation_checkpointing", "true")),
+        {"environment": {}, "shard": str(folder / "shard.json"), "variants": VARIANTS},
+    ]
+    if HAS_TENSOR_PARALLEL_TRAINING:
+        plan.append(on(2, "tensor-parallel", recipe, folder / "tensor-parallel"))
+    work(plan, folder, processes=2)
+    return folder
+
+
+def check_counts(folder, name, processes, **options):
+    """What scripts/scaling.py computes of the run is what was counted in it, to the byte."""
+    counted = json.loads(folder.with_suffix(".json").read_text())
+    layout = scaling.Layout.of(name, processes, per_machine=2, **options)
+    config = AutoConfig.from_pretrained(folder / "final")
+    model = scaling.on_meta(config, AutoModelForCausalLM)
+    states = scaling.states(model, layout)
+    assert {name: counted[name] for name in ("weights", "optimizer")} == {
+        n: states[n] for n in ("weights", "optimizer")
+    }
+    sent = dict.fromkeys(("all_reduce", "all_gather", "reduce_scatter"), 0)
+    for accumulated in (3, 3, 3, 1):
+        rows = 4 if name == "tensor-parallel" else 4 // processes
+        now = dataclasses.replace(layout, accumulation=accumulated)
+        for message in scaling.messages(model, rows, 33, now):
+            sent[message.collective] += message.size
+    assert {kind: counted[kind] for kind in sent} == sent
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", pytest.param("tensor-parallel", marks=NEEDS_NEW_TRANSFORMERS)])
+def test_what_is_held_and_sent_is_what_was_computed(name, two):
+    check_counts(two / name, name, processes=2, checkpointing=name == "fsdp2")
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", pytest.param("tensor-parallel", marks=NEEDS_NEW_TRANSFORMERS)])
+def test_two_processes_are_one(name, one, two):
+    assert_same_run(two / name, one)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_tensor_parallel_models_equal_whole_ones_and_replicated_parameters_stay_equal(name, two):
+    check_shards(json.loads((two / "shard.json").read_text())[name])
+
+
+def check_shards(found):
+    assert found["losses"][1] == pytest.approx(found["losses"][0], rel=1e-5)
+    assert found["gradients"] < 1e-5 and found["weights"] < 1e-5 and found["saved"] == 0
+    assert found["continued"][0] == found["continued"][1]
+    assert {"model.layers.0.self_attn.recurrence.mu", "model.norm.weight"} <= set(found["replicated"])
+    assert not [name for name in found["replicated"] if "q_proj" in name or "up_proj" in name]
+    assert found["unequal"] == []
+
+
+def test_a_sharded_checkpoint_is_merged_into_a_model(two, tmp_path):
+    from accelerate.utils import merge_fsdp_weights
+
+    checkpoint = shutil.copytree(two / "fsdp2" / "checkpoint-4", tmp_path / "checkpoint")
+    merge_fsdp_weights(checkpoint / "pytorch_model_fsdp_0", checkpoint)
+    merged = AutoModelForCausalLM.from_pretrained(checkpoint).state_dict()
+    best = json.loads((two / "fsdp2" / "final" / "results.json").read_text())["best_step"]
+    assert best == 4
+    for name, weight in AutoModelForCausalLM.from_pretrained(two / "fsdp2" / "final").state_dict().items():
+        assert torch.equal(merged[name], weight), name
+
+
+@pytest.mark.parametrize("harm", ["cut", "emptied", "missing"])
+def test_a_damaged_shard_is_named(two, tmp_path, harm):
+    whole = two / "fsdp2" / "checkpoint-4"
+    assert is_sharded_checkpoint(whole) and damage(whole) is None
+    paths = [
+        path.relative_to(whole)
+        for path in whole.rglob("*")
+        if path.suffix not in (".py", "") or path.name == ".metadata"
+    ]
+    paths = [path for path in paths if path.name != "config.json"]
+    assert len(paths) == 10, paths
+    for path in paths:
+        copy = shutil.copytree(whole, tmp_path / path.name / path.parent.name)
+        content = (copy / path).read_bytes()
+        (copy / path).unlink() if harm == "missing" else (copy / path).write_bytes(
+            content[: int(0.6 * len(content)) if harm == "cut" else 0]
+        )
+        if harm == "missing" and path.name.startswith("rng_state"):
+            continue  # how many there were is written nowhere, and Trainer goes on without
+        assert damage(copy) is not None, path
+
+
+def test_a_run_of_two_processes_goes_on_with_one(recipe, one, two, tmp_path):
+    run = copy_until(two / "ddp", tmp_path / "run", step=2)
+    train.main([str(recipe), "--output-dir", str(run), "--resume", *with_settings(*STEPS)])
+    assert_same_run_after(2, run, one)
+
+
+def assert_same_run_after(step, ours, theirs):
+    assert curve(ours)[step:] == pytest.approx(curve(theirs)[step:], rel=1e-5)
+    our_weights, their_weights = (load_file(folder / "final" / "model.safetensors") for folder in (ours, theirs))
+    for name, weight in their_weights.items():
+        torch.testing.assert_close(our_weights[name], weight, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sharded_run_does_not_go_on_without_sharding(recipe, two, tmp_path):
+    run = copy_until(two / "fsdp2", tmp_path / "run", step=2)
+    with pytest.raises(SystemExit, match="is of a run with FSDP; go on with the launcher's settings of then"):
+        train.main([str(recipe), "--output-dir", str(run), "--resume", *with_settings(*STEPS)])
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"TP_SIZE": "2", "DP_SHARD_SIZE": "2"},
+            "`PARALLELISM_CONFIG_TP_SIZE` must be 1 with FSDP or data parallelism",
+        ),
+        ({"TP_SIZE": "2"}, "`PARALLELISM_CONFIG_TP_SIZE` must be the number of processes \\(1\\), got 2"),
+    ],
+)
+def test_what_cannot_be_had_together_is_refused(recipe, tmp_path, monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}", value)
+    with pytest.raises(SystemExit, match=message):
+        train.main([str(recipe), "--output-dir", str(tmp_path / "run")])
+
+
+def test_heads_that_processes_cannot_share_evenly_are_refused():
+    config = RTransformerConfig(**{"hidden_size": 24, "num_attention_heads": 3})
+    config.distributed_config = transformers.distributed.DistributedConfig(tp_size=2)
+    with pytest.raises(ValueError, match="`num_attention_heads` must be divisible by `tp_size` \\(2\\).*got 3"):
+        RTransformerForCausalLM(config)
+    with pytest.raises(ValueError, match="`v_proj` gives 2 of 4 heads"):
+        HeadShard.of(torch.zeros(2, 2), heads=2, all_heads=4)
+
+
+@pytest.mark.parametrize("path", sorted(SETTINGS.iterdir()), ids=lambda path: path.stem)
+def test_accelerate_takes_every_file_of_launch_settings(path):
+    found = environment(path.stem, *(("--main_process_ip", "127.0.0.1") if path.stem == "hsdp" else ()))
+    assert found["ACCELERATE_MIXED_PRECISION"] == ("no" if path.stem == "cpu" else "bf16")
+    assert (found.get("ACCELERATE_USE_FSDP") == "true") == (path.stem in ("fsdp2", "hsdp"))
+    assert (found.get("ACCELERATE_USE_CPU") == "True") == (path.stem == "cpu")
+    if path.stem in ("fsdp2", "hsdp"):
+        assert found["FSDP_VERSION"] == "2" and found["FSDP_STATE_DICT_TYPE"] == "SHARDED_STATE_DICT"
+    assert found.get("PARALLELISM_CONFIG_TP_SIZE", "1") == ("2" if path.stem == "tensor-parallel" else "1")
+    assert found.get("PARALLELISM_CONFIG_DP_SHARD_SIZE", "1") == ("8" if path.stem == "hsdp" else "1")
+
+
+def test_the_folder_of_launch_settings_is_no_recipe():
+    assert "accelerate" not in recipe_names()
+    with pytest.raises(FileNotFoundError, match="recipe 'accelerate' is neither a folder nor a name"):
+        read_recipe("accelerate")
+
+
+@pytest.mark.slow
+def test_compiled_processes_are_one(recipe, one, tmp_path):
+    names = ["ddp", "fsdp2", *(["tensor-parallel"] if HAS_TENSOR_PARALLEL_TRAINING else [])]
+    plan = [on(2, name, recipe, tmp_path / name, "training.torch_compile=true") for name in names]
+    work(plan, tmp_path, processes=2)
+    for name in names:
+        assert_same_run(tmp_path / name, one)
+
+
+@pytest.mark.slow
+def test_four_processes_are_one(recipe, one, two, tmp_path):
+    """HSDP over 2 x 2, a sharded run of two that goes on with four, data parallel, and tensor parallel models."""
+    halves = ("--parallelism_config_dp_replicate_size", "2", "--parallelism_config_dp_shard_size", "2")
+    copy_until(two / "fsdp2", tmp_path / "fsdp2", step=2)
+    hsdp = ("--num_machines", "1", *halves)
+    plan = [
+        on(4, "ddp", recipe, tmp_path / "ddp"),
+        on(4, "hsdp", recipe, tmp_path / "hsdp", launch=hsdp),
+        on(4, "fsdp2", recipe, tmp_path / "fsdp2", resume=True),
+        {"environment": {}, "shard": str(tmp_path / "shard.json"), "variants": VARIANTS},
+    ]
+    if HAS_TENSOR_PARALLEL_TRAINING:
+        tensor_parallel = ("--parallelism_config_tp_size", "4")
+        again = "training.gradient_checkpointing=true"
+        plan.append(on(4, "tensor-parallel", recipe, tmp_path / "tensor-parallel", again, launch=tensor_parallel))
+    work(plan, tmp_path, processes=4)
+    for name in ("ddp", "hsdp", *(["tensor-parallel"] if HAS_TENSOR_PARALLEL_TRAINING else [])):
+        assert_same_run(tmp_path / name, one)
+        check_counts(tmp_path / name, name, processes=4, checkpointing=name == "tensor-parallel")
+    assert_same_run_after(2, tmp_path / "fsdp2", one)
+    for found in json.loads((tmp_path / "shard.json").read_text()).values():
+        check_shards(found)
