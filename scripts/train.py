@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
         output_dir = options.output_dir or Path("runs") / recipe.name
         checkpoint = prepare_output(output_dir, options.resume)
         args = training_arguments(recipe, output_dir)
-        set_up(args, checkpoint)
+        set_up(args, options.resume, checkpoint)
         with args.main_process_first(desc="preparing the data"):  # the others find it in the cache
             prepared = recipe.prepare(tokenizer=None, splits=("train", "validation", "test"))
         config = recipe.config(**prepared.config_values)
