@@ -33,7 +33,7 @@ def is_on(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true")
 
 
-def set_up(args: TrainingArguments, checkpoint: Path | None) -> None:
+def set_up(args: TrainingArguments, resume: bool, checkpoint: Path | None) -> None:
     """
     Make `args` agree with the launcher; before a `Trainer` is made of them.
 
@@ -55,7 +55,7 @@ def set_up(args: TrainingArguments, checkpoint: Path | None) -> None:
             raise ValueError(
                 f"training with tensor parallelism needs Transformers 5.23, this is {transformers.__version__}"
             )
-        if checkpoint is not None:
+        if resume:  # without an optimizer no checkpoint is whole, so there is none here either
             raise ValueError("--resume is not for tensor parallelism: Transformers keeps no optimizer state of it")
         args.save_only_model = True
     if checkpoint is not None and is_sharded_checkpoint(checkpoint) != fsdp:

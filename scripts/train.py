@@ -168,7 +168,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
         require_writable(output_dir)
         meet_anew(recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
         args = training_arguments(recipe, output_dir)
-        set_up(args, checkpoint)
+        set_up(args, options.resume, checkpoint)
         with args.main_process_first(desc="preparing the data"):  # the others find it in the cache
             prepared = recipe.prepare(tokenizer=None, splits=("train", "validation", "test"))
         set_seed(args.seed)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from modeling_rtransformer import RTransformerConfig, RTransformerForCausalLM
 from modeling_rtransformer.head_shard import HeadShard
 from scripts import scaling, train
 from scripts.checkpoints import damage, is_sharded_checkpoint
+from scripts.parallel import set_up
 from scripts.recipe import read_recipe, recipe_names
 from tests.launching import IN_FLOAT32, SETTINGS, environment, work
 from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
@@ -229,6 +231,13 @@ def test_what_cannot_be_had_together_is_refused(recipe, tmp_path, monkeypatch, v
         monkeypatch.setenv(f"PARALLELISM_CONFIG_{name}", value)
     with pytest.raises(SystemExit, match=message):
         train.main([str(recipe), "--output-dir", str(tmp_path / "run")])
+
+
+@NEEDS_NEW_TRANSFORMERS
+def test_a_tensor_parallel_run_is_not_resumed(monkeypatch):
+    monkeypatch.setenv("PARALLELISM_CONFIG_TP_SIZE", "2")
+    with pytest.raises(ValueError, match="--resume is not for tensor parallelism"):
+        set_up(SimpleNamespace(world_size=2, fsdp=None), resume=True, checkpoint=None)
 
 
 def test_heads_that_processes_cannot_share_evenly_are_refused():
