@@ -4,6 +4,8 @@ PYTHON ?= python3
 DEMO_SECONDS ?= 240
 # More arguments for pytest, such as PYTEST_ARGS="-m slow" or PYTEST_ARGS=tests/test_local_rnn.py
 PYTEST_ARGS ?=
+# Processes that run the tests side by side, each with one thread and whole files.
+WORKERS ?= 2
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -42,7 +44,7 @@ reproduce-cpu: install  ## make the CPU runs of docs/RESULTS.md anew in runs/rep
 	  --output runs/reproduce-cpu/RESULTS.md
 
 test: install-test  ## run the tests; slow ones with PYTEST_ARGS="-m slow"
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: install-test  ## check style and formatting
 	$(VENV)/bin/ruff check .

@@ -37,6 +37,7 @@ from scripts.recipe import read_recipe
 from scripts.tables import Run, Table, markdown, read_tables, slug
 
 
+LOSSES = 200
 HEADER = """# Results
 
 Made by `python scripts/report.py` from `docs/results/`; `make reproduce-cpu` repeats the runs of the suite `cpu`. The
@@ -78,16 +79,19 @@ def make(run: Run, folder: Path, kept: Path) -> None:
     if not (folder / "final" / "results.json").is_file():
         settings = [part for override in overrides_of(run) for part in ("--set", override)]
         train.main([run.row.recipe, "--output-dir", str(folder), "--resume", *settings])
-    final = folder / "final"
-    content = {
-        "result": json.loads((final / "results.json").read_text(encoding="utf-8")),
-        "curve": json.loads((final / "curve.json").read_text(encoding="utf-8")),
-        "gates": gates_of(final),
-    }
+    content = kept_of(folder / "final")
     kept.parent.mkdir(parents=True, exist_ok=True)
     partial = kept.with_suffix(".partial")
     partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
     partial.replace(kept)
+
+
+def kept_of(final: Path) -> dict[str, Any]:
+    """What is kept of a finished run; of the training losses at most `LOSSES`, evenly spread."""
+    curve = json.loads((final / "curve.json").read_text(encoding="utf-8"))
+    curve["training"] = curve["training"][:: -(-len(curve["training"]) // LOSSES) or 1]
+    result = json.loads((final / "results.json").read_text(encoding="utf-8"))
+    return {"result": result, "curve": curve, "gates": gates_of(final)}
 
 
 def gates_of(final: Path) -> list[dict[str, Any]]:

@@ -149,7 +149,7 @@ def cell(table: Table, results: Sequence[Mapping[str, Any]]) -> str:
 
 def markdown(table: Table, found: Mapping[str, Mapping[str, Any]], pictures: Sequence[tuple[str, str]] = ()) -> str:
     """
-    The section of one table.
+    The section of one table; rows of which nothing was run are left out.
 
     Args:
         found: by [`Run.name`], what a run left: its `result`.
@@ -168,6 +168,8 @@ def markdown(table: Table, found: Mapping[str, Mapping[str, Any]], pictures: Seq
                 by_column[run.column].append(found[run.name]["result"])
         results = [result for results in by_column.values() for result in results]
         ended += results
+        if not results:
+            continue
         cells = " | ".join(cell(table, by_column[column]) for column in columns)
         about = (_range(results, "parameters"), _seeds(by_column), _seconds(results))
         lines.append(f"| **{row.name}** | {cells} | {' | '.join(about)} |")

@@ -67,6 +67,7 @@ class BaselineConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     is_causal = True  # not a field: each of these models sees the past only
+    patch_length = 1  # nor this: a position is one step
 
     def __post_init__(self, **kwargs) -> None:
         if self.num_input_features is not None:

@@ -28,6 +28,7 @@ from modeling_rtransformer import (
     RTransformerForCausalLM,
     RTransformerForSequenceClassification,
 )
+from modeling_rtransformer.head_shard import HeadShard
 
 
 @strict
@@ -98,8 +99,10 @@ class LearnedToeplitz(nn.Module):
         values: torch.Tensor,  # (B, H, L, d)
         positions: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
+        shard: HeadShard | None = None,
     ) -> torch.Tensor:
         """(1 - gate) * softmax(...) V + gate * P V: `(B, T, H, d)`."""
+        _all_heads(shard)
         if positions is None:
             positions = torch.arange(attention_output.shape[1], device=values.device)
         gates = self.gates()
@@ -111,13 +114,20 @@ class LearnedToeplitz(nn.Module):
         attention_weights: torch.Tensor,  # (B, H, T, L)
         positions: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
+        shard: HeadShard | None = None,
     ) -> torch.Tensor:
         """(1 - gate) * softmax(...) + gate * P, the matrix that multiplies the values: `(B, H, T, L)`."""
+        _all_heads(shard)
         queries, length = attention_weights.shape[2:]
         if positions is None:
             positions = torch.arange(queries, device=attention_weights.device)
         gates = self.gates()[:, None, None]
         return (1 - gates) * attention_weights + gates * self.matrix(positions, length, segment_ids)
+
+
+def _all_heads(shard: HeadShard | None) -> None:
+    if shard is not None:
+        raise ValueError("the Toeplitz baseline has all its heads in one process; leave tensor parallelism")
 
 
 def with_toeplitz(name: str, head: type) -> type:
