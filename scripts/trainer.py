@@ -8,6 +8,7 @@ from transformers import Trainer
 
 from scripts.faults import Watch, agree, outlive_signals
 from scripts.streaming import StreamedWindows, StreamLoader
+from scripts.windows import IGNORED
 
 
 def _restore_to_numbered_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
@@ -50,6 +51,40 @@ class RecipeTrainer(Trainer):
             pin_memory=args.dataloader_pin_memory,
             worker_init_fn=outlive_signals,
         )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        return super().get_batch_samples(self._without_repeats(epoch_iterator), num_batches, device)
+
+    def _without_repeats(self, batches):
+        """
+        The batches of this process. Where rows do not divide by the processes, accelerate fills the last ones of a pass
+        up with rows of its beginning: these are taken out again, or, of a batch of nothing else, what they would teach.
+        """
+        args, state = self.args, self.accelerator.gradient_state
+        filled = args.world_size > 1 and args.accelerator_config.even_batches and not args.dataloader_drop_last
+        shared = isinstance(self.train_dataset, StreamedWindows) or args.accelerator_config.split_batches
+        alike = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # processes that share their batches
+        weighed = self.model_accepts_loss_kwargs or self.compute_loss_func is not None  # by the labels there are
+        for batch in batches:
+            if state.end_of_dataloader and filled and not shared and alike == 1:
+                labels = batch.get("labels")
+                if (
+                    weighed
+                    and args.average_tokens_across_devices
+                    and labels is not None
+                    and not labels.is_floating_point()
+                ):
+                    batch = self._own_rows(batch)
+            yield batch
+
+    def _own_rows(self, batch):
+        rows, processes = self._train_batch_size, self.args.world_size
+        last = len(self.train_dataset) % (rows * processes) or rows * processes
+        own = min(rows, max(0, last - rows * self.args.process_index))
+        batch = type(batch)({name: values[: max(1, own)] for name, values in batch.items()})
+        if own == 0:
+            batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+        return batch
 
     def get_eval_dataloader(self, *arguments, **options) -> DataLoader:
         return _patient(super().get_eval_dataloader(*arguments, **options))
