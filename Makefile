@@ -38,10 +38,10 @@ demo: install  ## train on the standard library's source for DEMO_SECONDS, score
 	$(RUN) scripts/train.py stdlib-code --output-dir $(DEMO) --resume --set budget.max_seconds=$(DEMO_SECONDS)
 	$(RUN) scripts/generate.py $(DEMO)/final --prompt "class Reader(" --max-new-tokens 600
 
-reproduce-cpu: install  ## make the CPU runs of docs/RESULTS.md anew in runs/reproduce-cpu; may be stopped and gone on with
+reproduce-cpu: install  ## make the CPU runs of docs/RESULTS.md anew, or those of ONLY=table/row; goes on where it was stopped
 	$(VENV)/bin/pip install --quiet --editable '.[train,baselines]'
 	$(RUN) scripts/report.py --run cpu --runs runs/reproduce-cpu --results runs/reproduce-cpu/results \
-	  --output runs/reproduce-cpu/RESULTS.md
+	  --output runs/reproduce-cpu/RESULTS.md $(if $(ONLY),--only $(ONLY))
 
 test: install-test  ## run the tests; slow ones with PYTEST_ARGS="-m slow"
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
