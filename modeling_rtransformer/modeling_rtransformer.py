@@ -84,6 +84,7 @@ class RTransformerPreTrainedModel(PreTrainedModel):
             )
         if config.num_input_features is not None:
             self.main_input_name = "input_values"
+            self._input_embed_layer = "embed_values"  # for get_input_embeddings, which FSDP2 and PEFT ask
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

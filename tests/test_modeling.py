@@ -348,6 +348,7 @@ class TestContinuousInput:
             assert model.main_input_name == "input_values"
             assert model(input_values=values)[0].shape == shape
             base = getattr(model, "model", model)
+            assert model.get_input_embeddings() is base.embed_values  # asked for by FSDP2 and PEFT
             embedded = model(inputs_embeds=base.embed_values(values))[0]
             torch.testing.assert_close(embedded, model(input_values=values)[0])
 
