@@ -103,14 +103,14 @@ def gates_of(final: Path) -> list[dict[str, Any]]:
 
 
 def draw(table: Table, found: Mapping[str, Mapping[str, Any]], folder: Path) -> list[tuple[str, str]]:
-    """The pictures of a table: learning curves of its first column and seed, and the gates of its first RSA model."""
+    """The pictures of a table: curves of one column and its first seed, and the gates of its first RSA model."""
     pictures = []
     runs = [run for run in table.runs() if run.name in found and run.seed == run.row.seeds[0]]
-    column = next(iter(table.columns))
+    column = table.curves or next(iter(table.columns))
     curves = {run.row.name: found[run.name]["curve"] for run in runs if run.column == column}
     stem = slug(table.name)
     if curves and plot_curves(curves, table.metrics[0], folder / f"{stem}.png"):
-        pictures.append((f"{table.title}: validation while training{' ' + column if column else ''}", f"{stem}.png"))
+        pictures.append((f"{table.title}: validation while training{', ' + column if column else ''}", f"{stem}.png"))
     gated = next((run for run in runs if found[run.name]["gates"]), None)
     if gated is not None and plot_gates(found[gated.name]["gates"], folder / f"{stem}-gates.png"):
         pictures.append((f"{gated.row.name}: gates and eigenvalues that were learned", f"{stem}-gates.png"))

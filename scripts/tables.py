@@ -65,6 +65,7 @@ class Table:
         scale: what the figures are multiplied by, 100 for shares in percent.
         set: overrides of every run.
         columns: by name, overrides; one column without a name if left out.
+        curves: the column whose learning curves are drawn; the first if left out.
         paper: by name, the figures that others report, one a column, as text.
         rows: [`Row`] by name.
     """
@@ -79,6 +80,7 @@ class Table:
     scale: float = 1.0
     set: list[str] = dataclasses.field(default_factory=list)
     columns: dict[str, list[str]] = dataclasses.field(default_factory=lambda: {"": []})
+    curves: str | None = None
     paper: dict[str, list] = dataclasses.field(default_factory=dict)
 
     def runs(self) -> list[Run]:
@@ -114,6 +116,11 @@ def _table(name: str, entry: dict[str, Any], path: Path) -> Table:
         for row, settings in entry.pop("rows", {}).items()
     }
     table = _make(Table, {"name": name, "rows": rows, **entry}, f"[{name}]", path)
+    if table.curves not in (None, *table.columns):
+        raise ValueError(
+            f"`curves` of [{name}] in {path.name} must be one of {', '.join(table.columns)}, got {table.curves!r}"
+            f"{nearest(table.curves, table.columns)}"
+        )
     for other, figures in table.paper.items():
         if len(figures) != len(table.columns):
             raise ValueError(

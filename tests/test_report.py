@@ -101,6 +101,11 @@ def test_a_cell_is_the_mean_of_its_seeds_and_their_spread(tables):
         ("metrics =", "metrik =", r"`metrik` in \[tiny\] of tables.toml is not known; did you mean `metrics`"),
         ('title = "Tiny"', "", r"`title` is missing in \[tiny\] of tables.toml"),
         ("[1.5, 1.25]", "[1.5]", r"`paper` of \[tiny\] .* each of the 2 columns; 'theirs' has 1"),
+        (
+            'suite = "test"',
+            'suite = "test"\ncurves = "lang"',
+            "`curves` .* must be one of short, long, got 'lang'; did you",
+        ),
         ('baseline = "gru"', "base = 1", r"`base` in \[tiny.rows\] 'GRU' of tables.toml is not known"),
     ],
 )
