@@ -40,7 +40,7 @@ class RecipeTrainer(Trainer):
                 "`training.average_tokens_across_devices` must be true where several processes read a stream: their "
                 "batches need not hold equally many tokens"
             )
-        alike = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # processes that share their batches
+        alike = self._processes_alike()
         return StreamLoader(
             self.train_dataset.split(args.process_index // alike, args.world_size // alike),
             self.data_collator,
@@ -53,29 +53,32 @@ class RecipeTrainer(Trainer):
         )
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        return super().get_batch_samples(self._without_repeats(epoch_iterator), num_batches, device)
+        batches = self._without_repeats(epoch_iterator) if self._fills_up() else epoch_iterator
+        return super().get_batch_samples(batches, num_batches, device)
+
+    def _processes_alike(self) -> int:
+        """Processes that share their batches."""
+        return self.get_tp_size() * self.get_cp_size() * self.get_sp_size()
+
+    def _fills_up(self) -> bool:
+        """Whether accelerate repeats rows at the end of a pass, in a loss that could do without: a mean over labels."""
+        args = self.args
+        if args.world_size == 1 or args.dataloader_drop_last or isinstance(self.train_dataset, StreamedWindows):
+            return False
+        splits = args.accelerator_config
+        weighed = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        whole_rows = splits.even_batches and not splits.split_batches and self._processes_alike() == 1
+        return whole_rows and weighed and args.average_tokens_across_devices
 
     def _without_repeats(self, batches):
         """
         The batches of this process. Where rows do not divide by the processes, accelerate fills the last ones of a pass
         up with rows of its beginning: these are taken out again, or, of a batch of nothing else, what they would teach.
         """
-        args, state = self.args, self.accelerator.gradient_state
-        filled = args.world_size > 1 and args.accelerator_config.even_batches and not args.dataloader_drop_last
-        shared = isinstance(self.train_dataset, StreamedWindows) or args.accelerator_config.split_batches
-        alike = self.get_tp_size() * self.get_cp_size() * self.get_sp_size()  # processes that share their batches
-        weighed = self.model_accepts_loss_kwargs or self.compute_loss_func is not None  # by the labels there are
         for batch in batches:
-            if state.end_of_dataloader and filled and not shared and alike == 1:
-                labels = batch.get("labels")
-                if (
-                    weighed
-                    and args.average_tokens_across_devices
-                    and labels is not None
-                    and not labels.is_floating_point()
-                ):
-                    batch = self._own_rows(batch)
-            yield batch
+            labels = batch.get("labels")
+            last = self.accelerator.gradient_state.end_of_dataloader
+            yield self._own_rows(batch) if last and labels is not None and not labels.is_floating_point() else batch
 
     def _own_rows(self, batch):
         rows, processes = self._train_batch_size, self.args.world_size
