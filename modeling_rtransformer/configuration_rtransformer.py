@@ -185,7 +185,9 @@ class RTransformerConfig(PreTrainedConfig):
         lm_head_bias (`bool`, defaults to `True`): a bias in the language model head, as the original code has.
         embedding_dropout (`float`, defaults to 0.0): dropout of the embedded input.
         hidden_dropout (`float`, defaults to 0.0): dropout of each sublayer's output and inside the feed-forward layer.
-        attention_dropout (`float`, defaults to 0.0): dropout of the softmax attention weights (not of the REM).
+        attention_dropout (`float`, defaults to 0.0):
+            dropout of the softmax attention weights (not of the REM). On a CPU any makes training compute and keep the
+            weights of all pairs of positions, since PyTorch's fused attention has no dropout there.
         initializer_range (`float`, defaults to 0.02): standard deviation of the initial embeddings and projections.
         use_cache (`bool`, defaults to `True`): return the keys, values and LocalRNN windows for decoding.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): special token ids.
