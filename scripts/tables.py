@@ -25,6 +25,7 @@ class Row:
         recipe: a recipe of its own; the table's if left out.
         baseline: a model of the recipe's `baselines.toml`, at equal parameters; the recipe's own model if left out.
         set: overrides of the recipe.
+        columns: by the name of a column, more overrides for it alone.
         seeds: the table's if left out.
     """
 
@@ -33,6 +34,7 @@ class Row:
     seeds: list[int]
     baseline: str | None = None
     set: list[str] = dataclasses.field(default_factory=list)
+    columns: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,12 +87,11 @@ class Table:
 
     def runs(self) -> list[Run]:
         """All runs, the first seed of every row before the second of any."""
-        runs = [
-            Run(self.name, row, column, seed, (*self.set, *settings, *row.set, f"training.seed={seed}"))
-            for row in self.rows.values()
-            for column, settings in self.columns.items()
-            for seed in row.seeds
-        ]
+        runs = []
+        for row in self.rows.values():
+            for column, settings in self.columns.items():
+                own = (*self.set, *settings, *row.set, *row.columns.get(column, ()))
+                runs += [Run(self.name, row, column, seed, (*own, f"training.seed={seed}")) for seed in row.seeds]
         return sorted(runs, key=lambda run: run.row.seeds.index(run.seed))
 
 
@@ -121,6 +122,13 @@ def _table(name: str, entry: dict[str, Any], path: Path) -> Table:
             f"`curves` of [{name}] in {path.name} must be one of {', '.join(table.columns)}, got {table.curves!r}"
             f"{nearest(table.curves, table.columns)}"
         )
+    for row in table.rows.values():
+        for column in row.columns:
+            if column not in table.columns:
+                raise ValueError(
+                    f"`columns` of [{name}.rows] {row.name!r} in {path.name} are of {', '.join(table.columns)}, got "
+                    f"{column!r}{nearest(column, table.columns)}"
+                )
     for other, figures in table.paper.items():
         if len(figures) != len(table.columns):
             raise ValueError(

@@ -26,7 +26,7 @@ set = ["training.max_steps=2", "training.eval_steps=1", "training.save_steps=1"]
 "theirs" = [1.5, 1.25]
 
 [tiny.rows]
-"RSA" = {{set = ["model.num_local_rnns=0"], seeds = [1, 2]}}
+"RSA" = {{set = ["model.num_local_rnns=0"], columns = {{"long" = ["model.rem_gate=head"]}}, seeds = [1, 2]}}
 "GRU" = {{baseline = "gru"}}
 """
 BASELINES = """
@@ -66,7 +66,9 @@ def test_a_table_is_every_row_column_and_seed(tables):
         "tiny/rsa/short/seed-2",
         "tiny/rsa/long/seed-2",
     ]
-    assert runs[-1].overrides[-3:] == ("task.window=33", "model.num_local_rnns=0", "training.seed=2")
+    own = ("task.window=33", "model.num_local_rnns=0", "model.rem_gate=head", "training.seed=2")
+    assert runs[-1].overrides[-4:] == own
+    assert not any("rem_gate" in setting for run in runs if run.column == "short" for setting in run.overrides)
 
 
 def test_a_cell_may_have_several_figures(tables):
@@ -106,6 +108,7 @@ def test_a_cell_is_the_mean_of_its_seeds_and_their_spread(tables):
             'suite = "test"\ncurves = "lang"',
             "`curves` .* must be one of short, long, got 'lang'; did you",
         ),
+        ('"long" = ["model', '"lang" = ["model', r"`columns` of \[tiny.rows\] 'RSA' .* got 'lang'; did you mean"),
         ('baseline = "gru"', "base = 1", r"`base` in \[tiny.rows\] 'GRU' of tables.toml is not known"),
     ],
 )
