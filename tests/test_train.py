@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scripts import evaluate, generate, train
 from scripts.checkpoints import newest_complete
+from scripts.tasks.prepared import spread
 from tests.tiny_recipe import CLASSIFICATION, LANGUAGE_MODELING, write_recipe, write_table, write_text
 
 
@@ -232,6 +234,16 @@ def test_a_table_of_texts_is_classified(tmp_path):
         generate.main([str(tmp_path / "run" / "final"), "--prompt", "x"])
 
 
+@pytest.mark.parametrize("kind", [list, lambda rows: Dataset.from_dict({"row": list(rows)})])
+@pytest.mark.parametrize(
+    ("rows", "places"), [(3, [0, 4, 9]), (1, [0]), (10, range(10)), (11, range(10)), (None, range(10))]
+)
+def test_what_is_scored_during_training_is_spread_over_the_split(kind, rows, places):
+    found = spread(kind(range(10)), rows)
+    assert [row["row"] if isinstance(row, dict) else row for row in found] == list(places)
+    assert spread(None, rows) is None
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
@@ -242,6 +254,8 @@ def test_a_table_of_texts_is_classified(tmp_path):
         ('report.compressors=["gzip"]', "`report.compressors` is for language_modeling"),
         ("data.label_column=sort", "`data.label_column` is 'sort', but the train split has the columns body, kind"),
         ('task.labels=["apple", "bread"]', "label 'cheese' in row .* is outside the 2 classes"),
+        ("task.max_length=0", "`task.max_length` must be at least 1, got 0"),
+        ("task.max_eval_rows=0", "`task.max_eval_rows` must be at least 1, got 0"),
     ],
 )
 def test_what_does_not_fit_the_table_is_named(tmp_path, setting, message):

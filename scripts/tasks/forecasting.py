@@ -7,13 +7,13 @@ from functools import partial
 import numpy as np
 import torch
 from datasets import DatasetDict
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from transformers import AutoModelForTimeSeriesPrediction, EvalPrediction, default_data_collator
 
 import scripts.baselines  # noqa: F401  registers the models that a recipe can name
 from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.metrics import load_metric
-from scripts.tasks.prepared import Prepared
+from scripts.tasks.prepared import Prepared, spread
 
 
 METRICS = ("mse", "mae")
@@ -64,9 +64,6 @@ def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
     series = standardised(recipe.load_data(), options)
     lengths = {"context_length": options.context_length, "prediction_length": options.prediction_length}
     datasets = {split: Forecasts(series[split], **lengths) for split in splits}
-    monitor = datasets.get("validation")
-    if monitor is not None and options.max_eval_rows is not None and options.max_eval_rows < len(monitor):
-        monitor = Subset(monitor, np.linspace(0, len(monitor) - 1, options.max_eval_rows).round().astype(int).tolist())
     config = recipe.config()
     channels = series["train"].shape[1]
     found = {**lengths, "num_input_features": 1 if getattr(config, "channel_independent", False) else channels}
@@ -76,7 +73,7 @@ def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
         auto_class=AutoModelForTimeSeriesPrediction,
         config_values={name: value for name, value in found.items() if hasattr(config, name)},
         datasets=datasets,
-        monitor=monitor,
+        monitor=spread(datasets.get("validation"), options.max_eval_rows),
         tokenizer=None,
         collator=default_data_collator,
         reduce_logits=row_errors,

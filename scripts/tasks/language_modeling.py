@@ -13,7 +13,6 @@ from typing import Literal
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
-from torch.utils.data import Subset
 from transformers import (
     AutoModelForCausalLM,
     EvalPrediction,
@@ -25,7 +24,7 @@ from transformers import (
 from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.metrics import load_metric
 from scripts.streaming import StreamedWindows
-from scripts.tasks.prepared import Prepared
+from scripts.tasks.prepared import Prepared, spread
 from scripts.tokenization import build_tokenizer, characters_per_token
 from scripts.windows import IGNORED, TokenStream, Windows
 
@@ -98,9 +97,6 @@ def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[
         else stream_of_rows(recipe, documents[split], tokenizer)
         for split in splits
     }
-    monitor = datasets.get("validation")
-    if monitor is not None and options.max_eval_rows is not None and options.max_eval_rows < len(monitor):
-        monitor = Subset(monitor, np.linspace(0, len(monitor) - 1, options.max_eval_rows).round().astype(int).tolist())
     return Prepared(
         auto_class=AutoModelForCausalLM,
         config_values={
@@ -110,7 +106,7 @@ def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[
             "eos_token_id": tokenizer.eos_token_id,
         },
         datasets=datasets,
-        monitor=monitor,
+        monitor=spread(datasets.get("validation"), options.max_eval_rows),
         tokenizer=tokenizer,
         collator=default_data_collator,
         reduce_logits=row_nll,

@@ -4,13 +4,23 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 
 def _no_comparison(split: str) -> dict[str, float]:
     return {}
+
+
+def spread(dataset: Dataset | None, rows: int | None) -> Dataset | None:
+    """So many rows, at even distances from the first to the last; all of them for None or where there are no more."""
+    if dataset is None or rows is None or rows >= len(dataset):
+        return dataset
+    places = np.linspace(0, len(dataset) - 1, rows).round().astype(int).tolist()
+    return dataset.select(places) if isinstance(dataset, datasets.Dataset) else Subset(dataset, places)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,7 @@ from transformers import (
 
 from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.metrics import load_metric
-from scripts.tasks.prepared import Prepared
+from scripts.tasks.prepared import Prepared, spread
 from scripts.tokenization import build_tokenizer
 
 
@@ -32,11 +32,19 @@ class Options:
         labels: names of the classes in order; those of the training data, sorted, if left out. Integer labels are
             places in this list.
         max_length: keep the first tokens of a longer text; all if left out.
+        max_eval_rows: rows scored at an evaluation during training, spread over the split; all if left out.
     """
 
     name: str
     labels: list[str] | None = None
     max_length: int | None = None
+    max_eval_rows: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "max_eval_rows"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`task.{name}` must be at least 1, got {value}")
 
 
 def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[str]) -> Prepared:
@@ -74,7 +82,7 @@ def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[
         auto_class=AutoModelForSequenceClassification,
         config_values=config_values,
         datasets=datasets,
-        monitor=datasets.get("validation"),
+        monitor=spread(datasets.get("validation"), recipe.task.max_eval_rows),
         tokenizer=tokenizer,
         collator=default_data_collator if tokenizer is None else DataCollatorWithPadding(tokenizer),
         reduce_logits=predicted_class,
