@@ -7,6 +7,10 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 
+# The time that passes, and what the process's threads use of the processor: that of others beside it does not count.
+CLOCKS = {"wall": time.monotonic, "processor": time.process_time}
+
+
 class TimeBudget(TrainerCallback, ExportableState):
     """
     Stops training after `max_seconds`, with a last evaluation and checkpoint, and notes the seconds in every log entry.
@@ -20,25 +24,33 @@ class TimeBudget(TrainerCallback, ExportableState):
 
     Args:
         max_seconds: None for no limit; then only the seconds are noted.
+        clock: one of [`CLOCKS`].
     """
 
-    def __init__(self, max_seconds: float | None = None) -> None:
-        self.max_seconds = max_seconds
-        self.seconds_before = 0.0  # of the runs that this one resumes
-        self.started: float | None = None
+    def __init__(self, max_seconds: float | None = None, clock: str = "wall") -> None:
+        self.max_seconds, self.clock = max_seconds, clock
+        self.seconds_before = dict.fromkeys(CLOCKS, 0.0)  # of the runs that this one resumes
+        self.started: dict[str, float] | None = None
         self.shared_seconds = 0.0  # the first process's clock at the last step
 
     @property
     def seconds(self) -> float:
-        """Seconds of training so far, those before a resume included."""
-        return self.seconds_before + (time.monotonic() - self.started if self.started is not None else 0.0)
+        """Seconds of training so far by the budget's clock, those before a resume included."""
+        return self.seconds_by(self.clock)
+
+    def seconds_by(self, clock: str) -> float:
+        """The same by any clock."""
+        return self.seconds_before[clock] + (CLOCKS[clock]() - self.started[clock] if self.started is not None else 0.0)
 
     def state(self) -> dict:
-        return {"args": {"max_seconds": self.max_seconds}, "attributes": {"seconds_before": self.seconds}}
+        return {
+            "args": {"max_seconds": self.max_seconds, "clock": self.clock},
+            "attributes": {"seconds_before": {clock: self.seconds_by(clock) for clock in CLOCKS}},
+        }
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
-        self.started = time.monotonic()
-        self.shared_seconds = self.seconds_before
+        self.started = {name: now() for name, now in CLOCKS.items()}
+        self.shared_seconds = self.seconds_before[self.clock]
         if self.max_seconds is not None and hasattr(lr_scheduler, "lr_lambdas"):
             lr_scheduler.lr_lambdas = [self._by_the_clock(factor, state) for factor in lr_scheduler.lr_lambdas]
 

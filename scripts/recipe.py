@@ -65,10 +65,13 @@ class Budget:
     Args:
         max_seconds: stop after this time, evaluations included; the learning rate comes down with the clock. The time
             of an interrupted run counts on when it is resumed.
+        clock: whether these are seconds on the `wall` or of the `processor`, all threads of the process together, of
+            which a machine that does other work as well takes nothing away.
         early_stopping_patience: stop after this many evaluations without a better score.
     """
 
     max_seconds: float | None = None
+    clock: Literal["wall", "processor"] = "wall"
     early_stopping_patience: int | None = None
 
     def __post_init__(self) -> None:

@@ -206,7 +206,9 @@ def _seeds(by_column: Mapping[str, Sequence]) -> str:
 
 
 def _seconds(results: Sequence[Mapping[str, Any]]) -> str:
-    values = [result["wall_seconds"]["training"] for result in results]
+    """By the clock of each run's budget."""
+    clocks = ["processor" if "budget.clock=processor" in result["overrides"] else "wall" for result in results]
+    values = [result[f"{clock}_seconds"]["training"] for result, clock in zip(results, clocks, strict=True)]
     return "-" if not values else " to ".join(f"{value:.0f}" for value in dict.fromkeys((min(values), max(values))))
 
 

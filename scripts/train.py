@@ -30,11 +30,12 @@ import os
 import shutil
 import signal
 import time
+from collections.abc import Mapping
 from typing import NoReturn
 
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from scripts.budget import EpochDrops, TimeBudget
+from scripts.budget import CLOCKS, EpochDrops, TimeBudget
 from scripts.checkpoints import newest_complete, put_in_place, restore_callbacks
 from scripts.faults import (
     NotFinite,
@@ -93,7 +94,7 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     return TrainingArguments(output_dir=str(output_dir), **{**chosen, **recipe.training})
 
 
-def result_of(trainer: Trainer, prepared: Prepared, recipe: Recipe, seconds: dict[str, float]) -> dict:
+def result_of(trainer: Trainer, prepared: Prepared, recipe: Recipe, seconds: Mapping[str, float]) -> dict:
     """Score the trained model and gather what there is to say about the run."""
     metrics = {split: score(trainer, prepared, split, recipe.report.metrics) for split in ("validation", "test")}
     metrics["test"].update(prepared.compare("test"))
@@ -106,7 +107,8 @@ def result_of(trainer: Trainer, prepared: Prepared, recipe: Recipe, seconds: dic
         "tokens_seen": state.num_input_tokens_seen // trainer.get_tp_size(),  # a row once, however many share it
         "steps": state.global_step,
         "best_step": state.best_global_step,
-        "wall_seconds": seconds,
+        "wall_seconds": {"training": seconds["wall"]},
+        "processor_seconds": {"training": seconds["processor"]},
         "seed": trainer.args.seed,
         "processes": trainer.args.world_size,
         "machine": machine(),
@@ -177,7 +179,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
         require_room(output_dir, model, args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    budget, watch = TimeBudget(recipe.budget.max_seconds), Watch(prepared.tokenizer)
+    budget, watch = TimeBudget(recipe.budget.max_seconds, recipe.budget.clock), Watch(prepared.tokenizer)
     drops = EpochDrops(recipe.schedule.drop_every_epochs, recipe.schedule.drop_factor)
     callbacks = [drops, budget, watch]
     if recipe.budget.early_stopping_patience is not None:
@@ -196,8 +198,8 @@ def main(arguments: list[str] | None = None) -> dict | None:
     if watch.signal is not None:
         trainer.accelerator.end_training()
         stopped_by(watch.signal, trainer.state.global_step, output_dir)
-    training_seconds = round(budget.seconds, 1)
-    result = result_of(trainer, prepared, recipe, {"training": training_seconds})
+    seconds = {clock: round(budget.seconds_by(clock), 1) for clock in CLOCKS}
+    result = result_of(trainer, prepared, recipe, seconds)
     result["wall_seconds"]["total"] = round(time.monotonic() - started, 1)
     model = whole_model(trainer, make)
     if trainer.is_world_process_zero():

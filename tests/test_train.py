@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts import evaluate, generate, train
+from scripts import budget, evaluate, generate, train
 from scripts.checkpoints import newest_complete
 from scripts.tasks.prepared import spread
 from tests.tiny_recipe import CLASSIFICATION, LANGUAGE_MODELING, write_recipe, write_table, write_text
@@ -63,6 +64,7 @@ def test_the_result_tells_what_was_done_where_and_how_well(run):
     assert result["parameters"] == AutoModelForCausalLM.from_pretrained(folder / "final").num_parameters()
     assert set(result["versions"]) == {"python", "torch", "transformers", "modeling_rtransformer"}
     assert result["wall_seconds"]["total"] >= result["wall_seconds"]["training"] > 0
+    assert result["processor_seconds"]["training"] > 0
     assert result["machine"]["processors"] >= 1
     assert str(Path.home()) not in json.dumps(result) and str(folder) not in json.dumps(result)
 
@@ -202,6 +204,17 @@ def test_the_time_before_a_resume_counts(recipe, tmp_path):
     second = train.main([*arguments, "--resume", "--set", "budget.max_seconds=2.5"])
     assert second["steps"] > first["steps"]
     assert 2.5 <= second["wall_seconds"]["training"] < 4
+
+
+def test_a_budget_of_processor_time_leaves_out_what_others_take(recipe, tmp_path, monkeypatch):
+    settings = ["budget.max_seconds=1", "budget.clock=processor", "training.max_steps=100000"]
+    monkeypatch.setattr(budget.TimeBudget, "on_step_begin", lambda *a, **k: time.sleep(0.01), raising=False)
+    result = train.main(
+        [str(recipe), "--output-dir", str(tmp_path), *[part for setting in settings for part in ("--set", setting)]]
+    )
+    assert 1 <= result["processor_seconds"]["training"] < 2
+    assert result["wall_seconds"]["training"] > result["processor_seconds"]["training"] + 0.01 * result["steps"] / 2
+    assert max(curve(tmp_path, value="seconds")) < 2
 
 
 def test_early_stopping_stops_when_the_score_gets_no_better(recipe, tmp_path):
