@@ -12,6 +12,9 @@ import transformers
 import modeling_rtransformer
 
 
+ROOT = Path(__file__).resolve().parent.parent
+
+
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
     return {
@@ -23,13 +26,16 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout, with `-dirty` behind it if files were changed; None outside a git checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    """The commit of the checkout, with `-dirty` behind it if files but `docs/` were changed; None outside of one."""
     try:
-        root = Path(__file__).resolve().parent.parent
-        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs")
+        return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def machine() -> dict[str, Any]:
