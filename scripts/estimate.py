@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from modeling_rtransformer import RTransformerConfig
 from scripts import scaling
-from scripts.recipe import Recipe, read_recipe
+from scripts.recipe import Recipe, add_overrides, read_recipe
 from scripts.scaling import FLOAT32, Layout
 
 
@@ -59,10 +59,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--strategy", choices=scaling.STRATEGIES, help="left out: the first that fits")
     parser.add_argument("--checkpointing", action="store_true", help="with --strategy: compute blocks again")
     parser.add_argument("--json", action="store_true", help="print the JSON object alone")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="a setting of training.toml, as section.key=value, or model.key=value for config.json; may be repeated",
-    )  # fmt: skip
+    add_overrides(parser)
     return parser.parse_args(arguments)
 
 

@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, TrainingArguments
 
 from scripts.checkpoints import load_model
 from scripts.provenance import commit, machine, versions
-from scripts.recipe import read_recipe
+from scripts.recipe import add_overrides, read_recipe
 from scripts.scoring import make_trainer, score
 
 
@@ -33,10 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="the folder of a saved model with its training.toml")
     parser.add_argument("--split", choices=("train", "validation", "test"), default="test")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="a setting of training.toml, as section.key=value; may be repeated",
-    )  # fmt: skip
+    add_overrides(parser, "a setting of training.toml, as section.key=value")
     return parser.parse_args(arguments)
 
 

@@ -28,7 +28,7 @@ from collections.abc import Callable
 
 import torch
 
-from scripts.recipe import parse_file, read_recipe, recipe_folder, tomllib
+from scripts.recipe import add_overrides, parse_file, read_recipe, recipe_folder, tomllib
 from scripts.tasks.prepared import Prepared
 
 
@@ -126,10 +126,7 @@ def main(arguments: list[str] | None = None) -> dict[str, dict]:
     """Match the baselines; the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a folder of configuration/ by name, or the path of a recipe")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="a setting of the recipe and of its baselines, as for train.py; may be repeated",
-    )  # fmt: skip
+    add_overrides(parser, "a setting of the recipe and of its baselines, as for train.py")
     options = parser.parse_args(arguments)
     try:
         return match_all(options.recipe, tuple(options.overrides))

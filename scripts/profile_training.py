@@ -30,7 +30,7 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from scripts.faults import Watch
 from scripts.provenance import machine, versions
-from scripts.recipe import Recipe, read_recipe
+from scripts.recipe import Recipe, add_overrides, read_recipe
 from scripts.scoring import make_trainer
 from scripts.trainer import RecipeTrainer
 
@@ -136,10 +136,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("recipe", help="a folder of configuration/ by name, or the path of a recipe")
     parser.add_argument("--steps", type=int, default=10, help="how many steps to time; 10 if left out")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="keep what torch's profiler saw")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="a setting of training.toml, as section.key=value, or model.key=value for config.json; may be repeated",
-    )  # fmt: skip
+    add_overrides(parser)
     return parser.parse_args(arguments)
 
 

@@ -15,6 +15,7 @@ A recipe is read into frozen dataclasses that refuse what they do not know, nami
 | `[report]` | [`Report`] |
 """
 
+import argparse
 import dataclasses
 import json
 import types
@@ -150,6 +151,16 @@ class Recipe:
         for section, values in self.sections.items():
             lines += [f"[{section}]", *(f"{key} = {_toml(value)}" for key, value in values.items()), ""]
         (folder / "training.toml").write_text("\n".join(lines), encoding="utf-8")
+
+
+def add_overrides(
+    parser: argparse.ArgumentParser,
+    what: str = "a setting of training.toml, as section.key=value, or model.key=value for config.json",
+) -> None:
+    """The argument `--set` of the scripts that take a recipe: `overrides` for [`read_recipe`]."""
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=f"{what}; may be repeated"
+    )
 
 
 def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:

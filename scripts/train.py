@@ -51,7 +51,7 @@ from scripts.parallel import attach, make_model, set_up, whole_model
 from scripts.plots import curve, plot_curve
 from scripts.provenance import commit, machine, versions
 from scripts.push_to_hub import push
-from scripts.recipe import Recipe, read_recipe
+from scripts.recipe import Recipe, add_overrides, read_recipe
 from scripts.scoring import make_trainer, score
 from scripts.streaming import StreamedWindows, StreamError, StreamState
 from scripts.tasks.prepared import Prepared
@@ -64,10 +64,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a folder of configuration/ by name, or the path of a recipe")
     parser.add_argument("--output-dir", type=Path, help="where the run goes; runs/<recipe> if left out")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="a setting of training.toml, as section.key=value, or model.key=value for config.json; may be repeated",
-    )  # fmt: skip
+    add_overrides(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of the run")
     return parser.parse_args(arguments)
 
