@@ -83,6 +83,8 @@ class RTransformerLocalRNN(nn.Module):
     """
     LocalRNN sublayer: padding and the cached window before the LocalRNN; in a bidirectional model the sum of two, the
     second of which runs from right to left over x[t..t+K-1].
+
+    Without `local_padding` a further channel goes through the window and the cache: 1 for the inputs of the sequence.
     """
 
     def __init__(self, config: RTransformerConfig, layer_idx: int, rnn_idx: int):
@@ -90,6 +92,7 @@ class RTransformerLocalRNN(nn.Module):
         self.layer_idx = layer_idx
         self.rnn_idx = rnn_idx
         self.window = config.local_window
+        self.padded_with_zeros = config.local_padding == "zeros"
         self.rnn = LocalRNN(config.hidden_size, config.local_window, config.local_rnn_type)
         self.reverse_rnn = None
         if not config.is_causal:
@@ -104,11 +107,31 @@ class RTransformerLocalRNN(nn.Module):
     ) -> torch.Tensor:
         if padding_mask is not None:
             hidden_states = hidden_states * padding_mask[..., None].to(hidden_states.dtype)
-        outputs = self.rnn(self._with_window_before(hidden_states, past_key_values), segment_ids)
+        outputs = self._run(self.rnn, hidden_states, padding_mask, segment_ids, past_key_values)
         if self.reverse_rnn is not None:
-            reverse_ids = None if segment_ids is None else segment_ids.flip(1)
-            outputs = outputs + self.reverse_rnn(self._with_window_before(hidden_states.flip(1)), reverse_ids).flip(1)
+            turned = (None if tensor is None else tensor.flip(1) for tensor in (padding_mask, segment_ids))
+            outputs = outputs + self._run(self.reverse_rnn, hidden_states.flip(1), *turned).flip(1)
         return outputs
+
+    def _run(
+        self,
+        rnn: LocalRNN,
+        hidden_states: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+        past_key_values: Cache | None = None,
+    ) -> torch.Tensor:
+        """`(B, T, D)`: the LocalRNN from left to right, after what the cache has of the inputs before."""
+        if self.padded_with_zeros or self.window == 1:
+            return rnn(self._with_window_before(hidden_states, past_key_values), segment_ids)
+        is_first = past_key_values is None or not past_key_values.has_previous_state(self.layer_idx, self.rnn_idx)
+        present = torch.ones_like(hidden_states[..., :1])
+        if padding_mask is not None:
+            present = present * padding_mask[..., None].to(present.dtype)
+        windows = self._with_window_before(torch.cat([hidden_states, present], dim=-1), past_key_values)
+        if is_first and segment_ids is None and rnn.can_run_over(hidden_states):
+            return rnn.over_sequence(hidden_states, padding_mask)
+        return rnn(windows[..., :-1], segment_ids, started=(windows[..., -1] != 0).cumsum(1) > 0)
 
     def _with_window_before(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None) -> torch.Tensor:
         """`(B, K - 1 + T, D)`: the K - 1 inputs before, which are zeros at the beginning, then the T inputs."""

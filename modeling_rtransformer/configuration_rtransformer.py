@@ -10,6 +10,7 @@ from transformers.activations import ACT2FN
 
 
 LOCAL_RNN_TYPES = ("gru", "lstm", "rnn")
+LOCAL_PADDINGS = ("zeros", "none")
 REM_KINDS = ("none", "regular", "first_cyclical", "second_cyclical")
 REM_GATES = ("layer", "head")
 POSITION_EMBEDDINGS = ("none", "sinusoidal")
@@ -146,6 +147,10 @@ class RTransformerConfig(PreTrainedConfig):
         num_local_rnns (`int`, defaults to 1): LocalRNNs in each block; 0 for none.
         local_rnn_type (`str`, defaults to `"gru"`): `"gru"`, `"lstm"` or `"rnn"` (tanh).
         local_window (`int`, defaults to 7): window K of the LocalRNN in positions, the current one included.
+        local_padding (`str`, defaults to `"zeros"`):
+            What windows that reach back before the sequence find there: `"zeros"`, which the RNN reads as inputs (the
+            paper), or `"none"`: the RNN begins with the sequence. With `"none"` and a window that holds the sequence a
+            LocalRNN is a recurrent network over it, and runs as one.
         rem_kinds (`list[str]`, *optional*):
             One entry a head: `"none"` (plain attention), `"regular"`, `"first_cyclical"` or `"second_cyclical"`.
             None for plain attention throughout. [`rem_heads`] writes it from the paper's (k1, ..., k6).
@@ -229,6 +234,7 @@ class RTransformerConfig(PreTrainedConfig):
     num_local_rnns: int = 1
     local_rnn_type: str = "gru"
     local_window: int = 7
+    local_padding: str = "zeros"
     rem_kinds: list[str] | None = None
     rem_dilations: int | list[int] = 1
     rem_gate: str = "layer"
@@ -292,6 +298,7 @@ class RTransformerConfig(PreTrainedConfig):
         self._require(self.num_local_rnns >= 0, "num_local_rnns", "at least 0")
         self._require(self.local_window >= 1, "local_window", "at least 1")
         self._require_name("local_rnn_type", LOCAL_RNN_TYPES)
+        self._require_name("local_padding", LOCAL_PADDINGS)
         self._require_name("hidden_act", tuple(ACT2FN))
         self._require_name("rem_gate", REM_GATES)
         self._require_name("position_embedding", POSITION_EMBEDDINGS)

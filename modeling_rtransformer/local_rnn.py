@@ -2,7 +2,7 @@
 """
 LocalRNN: one shared RNN run from a zero state over the K inputs that end at each position.
 
-    out[t] = RNN(x[t-K+1], ..., x[t]),   inputs before the sequence are zero
+    out[t] = RNN(x[t-K+1], ..., x[t]),   inputs before the sequence are zero, or the RNN begins with the first one
 
 The positions do not depend on each other, so only K steps are sequential, whatever the length. Two consequences make it
 cheap: an input has the same projection W_x x + b in each of the K windows that it belongs to, so it is projected once;
@@ -25,22 +25,39 @@ from .local_rnn_tiled import TiledLocalRnn
 
 
 NUM_GATES = {"gru": 3, "lstm": 4, "rnn": 1}
+TORCH_RNNS = {"gru": torch.gru, "lstm": torch.lstm, "rnn": torch.rnn_tanh}
 
 
 def local_rnn_reference(
-    inputs: torch.Tensor, rnn: nn.RNNBase, window: int, segment_ids: torch.Tensor | None = None
+    inputs: torch.Tensor,
+    rnn: nn.RNNBase,
+    window: int,
+    segment_ids: torch.Tensor | None = None,
+    started: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     The definition: every window unfolded, all of them run through a batch-first `torch.nn` RNN. Costs K copies of the
-    input. `inputs` is `(B, K - 1 + L, D)`, the result `(B, L, D)`; `segment_ids` `(B, L)` as in [`LocalRNN`].
+    input. `inputs` is `(B, K - 1 + L, D)`, the result `(B, L, D)`; `segment_ids` `(B, L)` and `started`
+    `(B, K - 1 + L)` as in [`LocalRNN`], where `started` says that nothing stands for the inputs before a sequence.
     """
     windows = inputs.unfold(1, window, 1).transpose(2, 3)  # (B, L, K, D)
+    batch, length, _, hidden = windows.shape
+    belongs = torch.ones(batch, length, window, dtype=torch.bool, device=inputs.device)
     if segment_ids is not None:
         neighbours = F.pad(segment_ids, (window - 1, 0), value=-1).unfold(1, window, 1)  # (B, L, K)
-        windows = torch.where((neighbours == segment_ids[..., None])[..., None], windows, 0)
-    batch, length, _, hidden = windows.shape
-    outputs, _ = rnn(windows.reshape(batch * length, window, hidden))
-    return outputs[:, -1].reshape(batch, length, hidden)
+        belongs = neighbours == segment_ids[..., None]
+    windows = torch.where(belongs[..., None], windows, 0).reshape(batch * length, window, hidden)
+    if started is None:
+        outputs, _ = rnn(windows)
+        return outputs[:, -1].reshape(batch, length, hidden)
+    belongs = (belongs & started.unfold(1, window, 1)).reshape(batch * length, window)
+    state = None
+    for step in range(window):
+        _, state = rnn(windows[:, step : step + 1], state)
+        begun = belongs[:, step, None]
+        state = tuple(torch.where(begun, part, 0) for part in state) if isinstance(state, tuple) else state * begun
+    hidden_state = state[0] if isinstance(state, tuple) else state
+    return hidden_state.reshape(batch, length, hidden)
 
 
 def gru_step(projected: torch.Tensor, recurrent: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
@@ -93,6 +110,17 @@ def local_rnn_plain(
     return hidden
 
 
+def resting_input(bias: torch.Tensor, rnn_type: str) -> torch.Tensor:
+    """
+    The projected input `(G D)` that leaves a zero state at zero, to the last bit and with all gradients, from b_h
+    `(G D)`: every gate's sum is 0, and with it the new value.
+    """
+    if rnn_type != "gru":
+        return -bias
+    reset, update, new = bias.chunk(3)
+    return torch.cat([-reset, -update, -new / 2])  # the reset gate is 1/2 then
+
+
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether a backward pass may follow."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
@@ -123,13 +151,15 @@ TILED_FROM = 2**16
 IMPLEMENTATIONS = {"plain": local_rnn_plain, "tiled": local_rnn_tiled, "triton": local_rnn_triton}
 
 
+def needs_plain(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a compiler, an exporter, torch.func or a tensor subclass (sharded weights) asks for plain operations."""
+    plain_tensors = type(inputs) is torch.Tensor and type(weight) in (torch.Tensor, nn.Parameter)
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not plain_tensors
+
+
 def best_implementation(projected: torch.Tensor, weight: torch.Tensor) -> str:
-    """
-    The name of the fastest implementation for these tensors. Plain operations are what compilers, exporters, torch.func
-    and tensor subclasses (sharded weights among them) take.
-    """
-    plain_tensors = type(projected) is torch.Tensor and type(weight) in (torch.Tensor, nn.Parameter)
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not plain_tensors:
+    """The name of the fastest implementation for these tensors."""
+    if needs_plain(projected, weight):
         return "plain"
     on_cpu = projected.device.type == "cpu" and projected.dtype in (torch.float32, torch.float64)
     if on_cpu and projected.numel() // weight.shape[0] * weight.shape[1] >= TILED_FROM:
@@ -159,7 +189,9 @@ def local_rnn(
         recurrent_weight (`(G D, D)`), recurrent_bias (`(G D)`): W_h and b_h.
         rnn_type: `"gru"`, `"lstm"` or `"rnn"`.
         segment_ids (`(B, L)`, integer, *optional*): windows do not reach into another segment.
-        zero_input (`(G D)`): the projection of a zero input, needed with `segment_ids`.
+        zero_input (`(G D)`):
+            what stands for inputs of other segments, needed with `segment_ids`: the projection of a zero input, or
+            [`resting_input`].
         implementation: `"plain"`, `"tiled"` (CPU, float32 and float64, differentiable once), `"triton"` (CUDA, float32,
             bfloat16 and float16, differentiable once; an `ImportError` without Triton) or `"auto"`.
 
@@ -215,29 +247,69 @@ class LocalRNN(nn.Module):
         self.input_proj = GateProjection(hidden_size, NUM_GATES[rnn_type] * hidden_size)
         self.recurrent_proj = GateProjection(hidden_size, NUM_GATES[rnn_type] * hidden_size)
 
-    def forward(self, inputs: torch.Tensor, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, inputs: torch.Tensor, segment_ids: torch.Tensor | None = None, started: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Args:
             inputs (`(B, K - 1 + L, D)`): the K - 1 inputs before the sequence (zeros, or from the cache), then the L.
             segment_ids (`(B, L)`, *optional*): equal ids mark the positions of one packed sequence.
+            started (`(B, K - 1 + L)`, bool, *optional*):
+                False for inputs before the sequence, which are not read then: a window begins with the first True one.
+                Without it, and so in the paper, they are inputs as any other.
 
         Returns:
             `(B, L, D)`: out[t] for each of the L inputs.
         """
         weight, bias = dense_weight(self.recurrent_proj, self.hidden_size, inputs)
-        zero_input = None
-        if segment_ids is not None:
-            zero_input = self.input_proj(inputs.new_zeros(1, 1, self.hidden_size))
+        projected, before = self.input_proj(inputs), None
+        if started is not None:
+            before = resting_input(bias.to(projected.dtype), self.rnn_type)
+            projected = torch.where(started[..., None], projected, before)
+        elif segment_ids is not None:
+            before = self.input_proj(inputs.new_zeros(1, 1, self.hidden_size))
         return local_rnn(
-            self.input_proj(inputs),
+            projected,
             weight,
             bias,
             rnn_type=self.rnn_type,
             window=self.window,
             segment_ids=segment_ids,
-            zero_input=zero_input,
+            zero_input=before,
             implementation=self.implementation,
         )
+
+    def can_run_over(self, inputs: torch.Tensor) -> bool:
+        """Whether `over_sequence` is `forward` for inputs `(B, L, D)` with nothing before them, and may be run."""
+        if self.implementation != "auto" or needs_plain(inputs, self.recurrent_proj.weight):
+            return False
+        device = inputs.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+        has_lstm = device != "cpu" or dtype in (torch.float32, torch.float64)  # in half precision not every CPU has
+        return has_lstm and inputs.shape[1] <= self.window
+
+    def over_sequence(self, inputs: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        What `forward` gives where every window holds all inputs before it and begins with the first: one run of torch's
+        own RNN over `inputs` `(B, L, D)`, which begins at the first 1 of each row of `mask` `(B, L)`.
+        """
+        (input_weight, input_bias), (weight, bias) = (
+            dense_weight(projection, self.hidden_size, inputs) for projection in (self.input_proj, self.recurrent_proj)
+        )
+        parameters = [input_weight, weight, input_bias, bias]
+        if mask is not None:  # every row to the left, so that it begins at 0
+            begun = mask.cumsum(1) > 0
+            before = begun.logical_not().sum(1, keepdim=True)
+            places = torch.arange(inputs.shape[1], device=inputs.device)
+            inputs = inputs.take_along_dim((places + before).clamp(max=len(places) - 1)[..., None], dim=1)
+        state = inputs.new_zeros(1, inputs.shape[0], self.hidden_size)
+        state = (state, state) if self.rnn_type == "lstm" else state
+        train = needs_grad(inputs, *parameters)  # cuDNN keeps nothing for a backward pass otherwise
+        outputs = TORCH_RNNS[self.rnn_type](inputs, state, parameters, True, 1, 0.0, train, False, True)[0]
+        if mask is not None:
+            outputs = outputs.take_along_dim((places - before).clamp(min=0)[..., None], dim=1)
+            outputs = torch.where(begun[..., None], outputs, 0)
+        return outputs
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, window={self.window}, rnn_type={self.rnn_type!r}"

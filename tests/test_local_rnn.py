@@ -38,10 +38,17 @@ def gradients(output, *tensors):
     return torch.autograd.grad((output * weights).sum(), tensors)
 
 
+def first_inputs(batch, length, window):
+    """`(B, K - 1 + L)`: a row that begins with its first input, one with its second and so on."""
+    begins = window - 1 + torch.arange(batch) % length
+    return torch.arange(window - 1 + length) >= begins[:, None]
+
+
+@pytest.mark.parametrize("unpadded", [False, True], ids=["zeros", "unpadded"])
 @pytest.mark.parametrize("packed", [False, True], ids=["single", "packed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-L{}-D{}-K{}".format(*s))
 @pytest.mark.parametrize("rnn_type", TORCH_RNNS)
-def test_it_equals_the_unfolded_reference(rnn_type, shape, packed, implementation):
+def test_it_equals_the_unfolded_reference(rnn_type, shape, packed, unpadded, implementation):
     batch, length, hidden, window = shape
     torch.manual_seed(0)
     local_rnn = LocalRNN(hidden, window, rnn_type).double()
@@ -49,11 +56,38 @@ def test_it_equals_the_unfolded_reference(rnn_type, shape, packed, implementatio
     inputs = torch.randn(batch, length, hidden, dtype=torch.float64, requires_grad=True)
     padded = F.pad(inputs, (0, 0, window - 1, 0))
     segment_ids = torch.arange(length).div(4, rounding_mode="floor").expand(batch, -1) if packed else None
-    ours = local_rnn(padded, segment_ids)
-    theirs = local_rnn_reference(padded, torch_rnn(local_rnn), window, segment_ids)
+    started = first_inputs(batch, length, window) if unpadded else None
+    ours = local_rnn(padded, segment_ids, started)
+    theirs = local_rnn_reference(padded, torch_rnn(local_rnn), window, segment_ids, started)
     torch.testing.assert_close(ours, theirs)
     wanted = (inputs, *local_rnn.parameters())
     torch.testing.assert_close(gradients(ours, *wanted), gradients(theirs, *wanted))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["all", "padded-left"])
+@pytest.mark.parametrize("rnn_type", TORCH_RNNS)
+def test_over_a_sequence_in_its_window_it_is_one_run_of_the_rnn(rnn_type, padded):
+    torch.manual_seed(0)
+    local_rnn = LocalRNN(6, 14, rnn_type).double()
+    inputs = torch.randn(3, 11, 6, dtype=torch.float64, requires_grad=True)
+    started = first_inputs(3, 11, 14) if padded else (torch.arange(24) >= 13).expand(3, -1)
+    assert local_rnn.can_run_over(inputs) and not local_rnn.can_run_over(F.pad(inputs, (0, 0, 4, 0)))
+    real = started[:, 13:, None]
+    fast = local_rnn.over_sequence(inputs, started[:, 13:].long() if padded else None) * real
+    windows = local_rnn(F.pad(inputs, (0, 0, 13, 0)), None, started) * real
+    whole = torch_rnn(local_rnn)(inputs[:1])[0]  # its first row begins at once in both cases
+    torch.testing.assert_close(fast, windows)
+    torch.testing.assert_close(fast[:1], whole)
+    wanted = (inputs, *local_rnn.parameters())
+    torch.testing.assert_close(gradients(fast, *wanted), gradients(windows, *wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rnn_type", TORCH_RNNS)
+def test_before_its_first_input_an_unpadded_state_is_zero_to_the_last_bit(rnn_type, dtype):
+    local_rnn = LocalRNN(8, 5, rnn_type).to(dtype)
+    started = torch.arange(4 + 6)[None] >= 4 + 3
+    assert not local_rnn(torch.randn(1, 10, 8, dtype=dtype), None, started)[:, :3].any()
 
 
 @pytest.mark.parametrize("rnn_type", TORCH_RNNS)
@@ -107,6 +141,7 @@ def test_gradcheck(rnn_type, implementation):
     inputs = torch.randn(2, 8, 3, dtype=torch.float64, requires_grad=True)
     segment_ids = torch.tensor([[0, 0, 1, 1, 1]]).expand(2, -1)
     assert torch.autograd.gradcheck(local_rnn, (inputs, segment_ids))
+    assert torch.autograd.gradcheck(local_rnn, (inputs, segment_ids, first_inputs(2, 5, 4)))
 
 
 def test_inputs_before_the_sequence_are_zeros_that_the_biases_act_on():
