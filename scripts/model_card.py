@@ -97,6 +97,8 @@ def describe(config) -> list[str]:
         sides = (
             f"the last {window} positions" if config.is_causal else f"the last {window} and the next {window} positions"
         )
+        if config.local_padding == "none":
+            sides += ", from the sequence's first one on,"
         lines.append(
             f"{count} ({config.local_rnn_type.upper()}) over {sides} before each attention layer (R-Transformer)."
         )

@@ -31,6 +31,7 @@ PARTS = {
 }
 STRATEGIES = ("ddp", "fsdp2", "hsdp", "tensor-parallel")
 FLOAT32 = 4
+KEPT_BY_ONE_RUN = {"gru": 8, "lstm": 17.6, "rnn": 2}  # by torch on a CPU, values a position and unit, as measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +125,11 @@ def chunks_of(length: int, dilation: int) -> tuple[int, int]:
     return chunk, (length - 1) // (chunk * dilation) + 1
 
 
+def runs_once(config: RTransformerConfig, length: int) -> bool:
+    """Whether the window holds the row and begins with it, so that a LocalRNN is one run of torch's RNN."""
+    return config.local_padding == "none" and length <= config.local_window
+
+
 def arithmetic(config: RTransformerConfig, length: int, causal_half: bool = True) -> dict[str, int]:
     """
     Operations of a forward pass over one row, by part. A backward pass takes twice as many; blocks that are computed
@@ -132,7 +138,7 @@ def arithmetic(config: RTransformerConfig, length: int, causal_half: bool = True
     size, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     gates, window = NUM_GATES[config.local_rnn_type], config.local_window
     directions = config.num_local_rnns * (1 if config.is_causal else 2)
-    padded = length + window - 1
+    products = 2 * length if runs_once(config, length) else length + window - 1 + (window - 1) * length
     scores = 4 * length * length * size
     if causal_half and config.is_causal:
         scores //= 2
@@ -141,11 +147,11 @@ def arithmetic(config: RTransformerConfig, length: int, causal_half: bool = True
         for _, _, dilation in config.layer_rem_heads(layer):
             chunk, chunks = chunks_of(length, dilation)
             width = chunks * dilation * config.head_dim
-            products = chunk * chunk + (4 * chunk + 4 * chunks if chunks > 1 else 0)
-            rem += 2 * products * width * (1 if config.is_causal else 2)
+            of_chunks = chunk * chunk + (4 * chunk + 4 * chunks if chunks > 1 else 0)
+            rem += 2 * of_chunks * width * (1 if config.is_causal else 2)
     head = 0 if config.vocab_size is None else 2 * length * size * config.vocab_size
     return {
-        "LocalRNN": layers * directions * 2 * gates * size * size * (padded + (window - 1) * length),
+        "LocalRNN": layers * directions * 2 * gates * size * size * products,
         "REM": rem,
         "attention": layers * (8 * length * size * size + scores),
         "feed-forward": layers * 4 * length * size * inner,
@@ -165,6 +171,8 @@ def kept_by_block(config: RTransformerConfig, layer: int, rows: int, length: int
     steps = window * gates - (1 if config.local_rnn_type == "gru" else 0)
     padded = rows * (length + window - 1)
     local_rnn = directions * size * (padded * (1 + gates) + positions * steps) * element
+    if runs_once(config, length):
+        local_rnn = round(directions * size * positions * KEPT_BY_ONE_RUN[config.local_rnn_type] * element)
     rem_heads = config.layer_rem_heads(layer)
     rem = positions * size // parts * element if rem_heads else 0  # the mixed heads
     for _, _, dilation in rem_heads:  # and of each with a REM its values, P V and P within a chunk

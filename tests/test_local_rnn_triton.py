@@ -93,6 +93,18 @@ def test_it_equals_the_unfolded_reference(rnn_type, shape, packed, path):
 
 
 @on_the_device
+@BY_TYPE
+def test_windows_begin_with_the_sequence_where_nothing_is_before(rnn_type, path):
+    rnn = make(rnn_type, 6, 5)
+    padded = torch.randn(2, 4 + 19, 6, device=DEVICE)
+    started = torch.arange(4 + 19, device=DEVICE) >= torch.tensor([[4], [7]], device=DEVICE)
+    ours = rnn(padded, segments(2, 19), started)
+    theirs = local_rnn_reference(padded, torch_rnn(rnn), 5, segments(2, 19), started)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not ours[1, :3].any()
+
+
+@on_the_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @BY_TYPE
 def test_it_is_as_exact_as_plain_operations(rnn_type, dtype, path):
@@ -219,3 +231,19 @@ def test_a_model_trains_under_autocast(hidden_size):
     loss.backward()
     torch.testing.assert_close(loss, exact, rtol=0.02, atol=0)
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@BY_TYPE
+def test_over_a_sequence_in_its_window_it_is_one_run_of_cudnn(rnn_type, dtype):
+    rnn = LocalRNN(20, 40, rnn_type).cuda().to(dtype)
+    inputs = torch.randn(3, 37, 20, device="cuda", dtype=dtype, requires_grad=True)
+    mask = torch.arange(37, device="cuda") >= torch.tensor([[0], [5], [11]], device="cuda")
+    assert rnn.can_run_over(inputs)
+    fast = rnn.eval().over_sequence(inputs, mask)
+    windows = rnn(F.pad(inputs, (0, 0, 39, 0)), None, F.pad(mask, (39, 0)))
+    tolerance = {"rtol": 1e-3, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.05, "atol": 0.02}
+    torch.testing.assert_close(fast, windows, **tolerance)
+    wanted = (inputs, *rnn.parameters())
+    torch.testing.assert_close(gradients(fast, *wanted), gradients(windows, *wanted), rtol=0.05, atol=0.05)

@@ -16,7 +16,7 @@ from tests.conftest import tiny_config
 WIDE = {"hidden_size": 60, "vocab_size": 301}
 
 
-def kept_bytes(model, ids):
+def kept_bytes(model, *inputs, **others):
     """Bytes that the forward pass keeps for the backward pass, each storage once, weights left out."""
     own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept = {}
@@ -28,7 +28,7 @@ def kept_bytes(model, ids):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(ids, labels=ids)
+        model(*inputs, **others)
     return sum(size for size, _ in kept.values())
 
 
@@ -54,7 +54,8 @@ def test_what_is_kept_for_the_backward_pass_is_what_was_computed(variant, checkp
     if checkpointing:
         model.gradient_checkpointing_enable()
     computed = scaling.activations(config, 3, 130, Layout.of("ddp", 1, checkpointing=checkpointing))
-    measured = kept_bytes(model, torch.randint(1, 301, (3, 130)))
+    ids = torch.randint(1, 301, (3, 130))
+    measured = kept_bytes(model, ids, labels=ids)
     if checkpointing:  # the block that is computed again is not there yet
         one = scaling.kept_by_block(config, 1, 3, 130, Layout.of("ddp", 1))
         assert measured == pytest.approx(sum(computed.values()) - sum(one.values()), rel=0.02)
@@ -76,6 +77,19 @@ def test_operations_are_what_torch_counts(variant):
     mixed = [layer for layer in range(2) if config.layer_rem_heads(layer)]
     computed["REM"] = len(mixed) * 2 * 90 * 90 * 60
     assert counter.get_total_flops() == pytest.approx(2 * sum(computed.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize("rnn_type", ["gru", "lstm", "rnn"])
+def test_a_window_that_holds_the_row_is_one_run(rnn_type):
+    config = tiny_config("lstm-unpadded-over-the-sequence", local_rnn_type=rnn_type, local_window=130, **WIDE)
+    local_rnn = RTransformerForCausalLM(config).model.layers[0].local_rnns[0]
+    kept = scaling.kept_by_block(config, 0, 3, 130, Layout.of("ddp", 1))["LocalRNN"]
+    assert kept_bytes(local_rnn, torch.zeros(3, 130, 60)) == pytest.approx(kept, rel=0.05)
+    if rnn_type == "lstm":  # one operation, in which torch counts nothing
+        return
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        local_rnn(torch.zeros(1, 130, 60))
+    assert counter.get_total_flops() == scaling.arithmetic(config, 130)["LocalRNN"] / config.num_hidden_layers
 
 
 def test_operations_of_rems_are_what_torch_counts():
