@@ -59,18 +59,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def overrides_of(run: Run) -> list[str]:
-    """The `--set` overrides of a run, for a baseline with the width that gives it the recipe's parameters."""
+    """The `--set` overrides of a run; a baseline has the width that gives it the parameters of the recipe's model."""
     if run.row.baseline is None:
-        return list(run.overrides)
+        return [*run.shared, *run.own]
     baselines = read_baselines(run.row.recipe)
     if run.row.baseline not in baselines:
         raise ValueError(
             f"recipe {run.row.recipe!r} has no baseline {run.row.baseline!r}; it has {', '.join(baselines)}"
         )
-    own = read_recipe(run.row.recipe, run.overrides)
-    prepared = own.prepare(None, ("train",))
-    parameters = count_parameters(own, prepared)
-    found, _ = match(run.row.recipe, (*run.overrides, *baselines[run.row.baseline]), parameters, prepared)
+    recipe = read_recipe(run.row.recipe, run.shared)
+    prepared = recipe.prepare(None, ("train",))
+    parameters = count_parameters(recipe, prepared)
+    overrides = (*run.shared, *baselines[run.row.baseline], *run.own)
+    found, _ = match(run.row.recipe, overrides, parameters, prepared)
     return list(found)
 
 

@@ -24,7 +24,7 @@ class Row:
     Args:
         recipe: a recipe of its own; the table's if left out.
         baseline: a model of the recipe's `baselines.toml`, at equal parameters; the recipe's own model if left out.
-        set: overrides of the recipe.
+        set: overrides of the recipe, and of the baseline's.
         columns: by the name of a column, more overrides for it alone.
         seeds: the table's if left out.
     """
@@ -39,13 +39,23 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: where its files lie, and what `train.py` needs but for the width of a baseline."""
+    """
+    One training.
+
+    Args:
+        shared: the overrides of the table, the column and the seed, which all rows have.
+    """
 
     table: str
     row: Row
     column: str
     seed: int
-    overrides: tuple[str, ...]
+    shared: tuple[str, ...]
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """The overrides of the row, which come last."""
+        return (*self.row.set, *self.row.columns.get(self.column, ()))
 
     @property
     def name(self) -> str:
@@ -90,8 +100,8 @@ class Table:
         runs = []
         for row in self.rows.values():
             for column, settings in self.columns.items():
-                own = (*self.set, *settings, *row.set, *row.columns.get(column, ()))
-                runs += [Run(self.name, row, column, seed, (*own, f"training.seed={seed}")) for seed in row.seeds]
+                shared = (*self.set, *settings)
+                runs += [Run(self.name, row, column, seed, (*shared, f"training.seed={seed}")) for seed in row.seeds]
         return sorted(runs, key=lambda run: run.row.seeds.index(run.seed))
 
 

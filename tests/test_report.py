@@ -5,6 +5,7 @@ import json
 import pytest
 
 from scripts import report
+from scripts.recipe import read_recipe
 from scripts.tables import cell, read_tables
 from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
 
@@ -66,9 +67,18 @@ def test_a_table_is_every_row_column_and_seed(tables):
         "tiny/rsa/short/seed-2",
         "tiny/rsa/long/seed-2",
     ]
-    own = ("task.window=33", "model.num_local_rnns=0", "model.rem_gate=head", "training.seed=2")
-    assert runs[-1].overrides[-4:] == own
-    assert not any("rem_gate" in setting for run in runs if run.column == "short" for setting in run.overrides)
+    assert runs[-1].shared[-2:] == ("task.window=33", "training.seed=2")
+    assert runs[-1].own == ("model.num_local_rnns=0", "model.rem_gate=head")
+    assert runs[-2].own == ("model.num_local_rnns=0",)
+
+
+def test_a_row_changes_a_baseline_too(tables):
+    tables.write_text(
+        tables.read_text().replace('baseline = "gru"', 'baseline = "gru", set = ["model.num_hidden_layers=2"]')
+    )
+    run = next(run for run in read_tables(tables)["tiny"].runs() if run.row.baseline)
+    recipe = read_recipe(run.row.recipe, tuple(report.overrides_of(run)))
+    assert (recipe.config().kind, recipe.config().num_hidden_layers) == ("gru", 2)
 
 
 def test_a_cell_may_have_several_figures(tables):
@@ -133,7 +143,7 @@ def test_runs_are_made_once_and_kept_with_curve_and_gates(tables, tmp_path, monk
     parameters = [content["result"]["parameters"] for content in kept.values()]
     text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
     assert f"| {parameters[1]:,} | 0 to 1 |" in text
-    assert "--set model.num_local_rnns=0 --set training.seed=1" in text
+    assert "--set training.seed=1 --set model.num_local_rnns=0" in text
     assert (tmp_path / "results" / "tiny.png").is_file() and "](results/tiny-gates.png)" in text
     monkeypatch.setattr(report, "make", None)  # nothing is left to make
     report.main(arguments)
