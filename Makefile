@@ -12,7 +12,7 @@ RUN := $(VENV)/bin/python
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo reproduce-cpu test lint format clean
+.PHONY: help install install-test demo reproduce-cpu reproduce-gpu test lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -38,10 +38,12 @@ demo: install  ## train on the standard library's source for DEMO_SECONDS, score
 	$(RUN) scripts/train.py stdlib-code --output-dir $(DEMO) --resume --set budget.max_seconds=$(DEMO_SECONDS)
 	$(RUN) scripts/generate.py $(DEMO)/final --prompt "class Reader(" --max-new-tokens 600
 
-reproduce-cpu: install  ## make the CPU runs of docs/RESULTS.md anew, or those of ONLY=table/row; goes on where it was stopped
+reproduce-cpu:  ## make the CPU runs of docs/RESULTS.md anew, or those of ONLY=table/row; goes on where it was stopped
+reproduce-gpu:  ## the same of the runs for a GPU
+reproduce-cpu reproduce-gpu: reproduce-%: install
 	$(VENV)/bin/pip install --quiet --editable '.[train,baselines]'
-	$(RUN) scripts/report.py --run cpu --runs runs/reproduce-cpu --results runs/reproduce-cpu/results \
-	  --output runs/reproduce-cpu/RESULTS.md $(if $(ONLY),--only $(ONLY))
+	$(RUN) scripts/report.py --run $* --runs runs/$@ --results runs/$@/results --output runs/$@/RESULTS.md \
+	  $(if $(ONLY),--only $(ONLY))
 
 test: install-test  ## run the tests; slow ones with PYTEST_ARGS="-m slow"
 	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)

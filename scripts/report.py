@@ -40,7 +40,8 @@ from scripts.tables import Run, Table, markdown, read_tables, slug
 LOSSES = 200
 HEADER = """# Results
 
-Made by `python scripts/report.py` from `docs/results/`; `make reproduce-cpu` repeats the runs of the suite `cpu`. The
+Made by `python scripts/report.py` from `docs/results/`, where the file of each run has its settings, its curve and the
+gates that were learned; `make reproduce-cpu` repeats the runs that a CPU can make, `make reproduce-gpu` the others. The
 model of each run was chosen on the validation split and scored once on the test split. Baselines have the parameters of
 the recipe's own model, within 2 %, and its budget of time. Rows in plain type are what others report.
 """

@@ -236,10 +236,14 @@ def _measured(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _commands(table: Table, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One command for each row and column, with the first seed."""
+    """One command a row, with the first seed; of a row of many columns, the report's own."""
     lines = []
     for run in table.runs():
-        if run.name in found and run.seed == run.row.seeds[0]:
+        if run.name not in found or run.seed != run.row.seeds[0]:
+            continue
+        if len(table.columns) > 1:
+            lines.append(f"    make reproduce-{table.suite} ONLY={table.name}/{slug(run.row.name)}/")
+        else:
             settings = " ".join(f"--set {shlex.quote(override)}" for override in found[run.name]["result"]["overrides"])
             lines.append(f"    python scripts/train.py {run.row.recipe} {settings}")
-    return lines
+    return list(dict.fromkeys(lines))

@@ -88,6 +88,16 @@ def test_a_cell_may_have_several_figures(tables):
     assert cell(read_tables(tables)["tiny"], []) == "-"
 
 
+def test_a_table_of_one_column_gives_the_command_of_every_row(tables):
+    text = tables.read_text(encoding="utf-8").replace('"long" = ["task.window=33"]', "").replace("[1.5, 1.25]", "[1.5]")
+    tables.write_text(text.replace(', columns = {"long" = ["model.rem_gate=head"]}', ""), encoding="utf-8")
+    lines = report.markdown(
+        read_tables(tables)["tiny"], {"tiny/rsa/short/seed-1": {"result": result(1.0)}}
+    ).splitlines()
+    command = next(line for line in lines if line.startswith("    python scripts/train.py"))
+    assert command.endswith("--set task.window=17 --set training.seed=1")
+
+
 def test_a_cell_is_the_mean_of_its_seeds_and_their_spread(tables):
     table = read_tables(tables)["tiny"]
     found = {
@@ -143,7 +153,7 @@ def test_runs_are_made_once_and_kept_with_curve_and_gates(tables, tmp_path, monk
     parameters = [content["result"]["parameters"] for content in kept.values()]
     text = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
     assert f"| {parameters[1]:,} | 0 to 1 |" in text
-    assert "--set training.seed=1 --set model.num_local_rnns=0" in text
+    assert "    make reproduce-test ONLY=tiny/rsa/\n" in text
     assert (tmp_path / "results" / "tiny.png").is_file() and "](results/tiny-gates.png)" in text
     monkeypatch.setattr(report, "make", None)  # nothing is left to make
     report.main(arguments)
