@@ -13,7 +13,7 @@ from transformers import EvalPrediction
 
 from scripts import evaluate, train
 from scripts.recipe import read_recipe
-from scripts.sources.regular_languages import AMPLE, AUTOMATA, BINS, Options, load
+from scripts.sources.regular_languages import AMPLE, AUTOMATA, BINS, PARTS, Options, load
 from scripts.tasks.next_symbols import number_symbols, pad_strings, row_scores, string_metrics
 
 
@@ -111,6 +111,21 @@ class TestAutomata:
         ample = [text for text in everything if completions[len(text)] >= AMPLE * lengths[len(text)]]
         assert len(set(ample)) == len(ample)
         assert (not ample) == (name in ("tomita-1", "tomita-2", "aa-star", "abab-star"))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_half_of_the_brackets_are_as_deep_as_they_may_be(name, drawn):
+    n = int(name.removeprefix("d-"))
+    (part,) = PARTS[name]
+    for word in words("ab", 12):
+        assert accepts(part, word) == (DEFINITIONS[name](word) and not matches(brackets(n - 1))(word)), word
+    assert accepts(part, "ab" + "a" * n + "b" * n) and not accepts(part, "ab" + "a" * (n - 1) + "b" * (n - 1))
+    by_length = {}
+    for text in itertools.chain(*drawn[name].values()):
+        by_length.setdefault(len(text), []).append(accepts(part, text))
+    counts = part.completions(100)[:, 0]
+    deep = [sum(found) / len(found) for length, found in by_length.items() if counts[length] >= AMPLE * len(found)]
+    assert deep and min(deep) >= 0.5
 
 
 def test_a_bracket_language_is_as_deep_as_its_number_says():
