@@ -41,6 +41,7 @@ from datasets import Dataset, DatasetDict
 
 END = "<end>"
 BINS = ((2, 50), (51, 100))
+DEPTHS = (2, 4, 12)  # of D_n
 AMPLE = 4  # strings of a length are ample if there are so many times as are drawn
 
 Language = Literal[
@@ -117,13 +118,11 @@ AUTOMATA: dict[str, Automaton] = {
     "parity": Automaton("01", ({"0": 0, "1": 1}, {"0": 1, "1": 0}), frozenset({0})),
     "aa-star": Automaton("a", ({"a": 1}, {"a": 0}), frozenset({0})),
     "abab-star": Automaton("ab", ({"a": 1}, {"b": 2}, {"a": 3}, {"b": 0}), frozenset({0})),
-    "d-2": brackets(2),
-    "d-4": brackets(4),
-    "d-12": brackets(12),
+    **{f"d-{depth}": brackets(depth) for depth in DEPTHS},
 }
 
 # Parts of a language that get as many strings of a length as the whole.
-PARTS = {f"d-{depth}": (deep_brackets(depth),) for depth in (2, 4, 12)}
+PARTS = {f"d-{depth}": (deep_brackets(depth),) for depth in DEPTHS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,16 +175,31 @@ def draw(
     for length, *wanted in zip(possible, *(shares(count, len(possible)) for count in counts), strict=True):
         ample = [strings[length, 0] >= AMPLE * sum(wanted) for strings in completions]
         taken = [index for index in range(len(automata)) if index == 0 or ample[index]]
-        seen: set[str] = set()
+        seen: set[str] | None = set() if ample[0] else None
         for index, *goals in zip(taken, *(shares(count, len(taken)) for count in wanted), strict=True):
             for texts, goal in zip(splits, goals, strict=True):
-                goal += len(texts)
-                while len(texts) < goal:
-                    for text in automata[index].sample(length, goal - len(texts), completions[index], rng):
-                        if not (ample[0] and text in seen):
-                            texts.append(text)
-                            seen.add(text)
+                texts += take(goal, automata[index], length, completions[index], rng, seen)
     return splits
+
+
+def take(
+    count: int,
+    automaton: Automaton,
+    length: int,
+    completions: np.ndarray,
+    rng: np.random.Generator,
+    seen: set[str] | None,
+) -> list[str]:
+    """So many strings of a length, none of them in `seen`, to which they are added, unless that is None."""
+    texts: list[str] = []
+    while len(texts) < count:
+        for text in automaton.sample(length, count - len(texts), completions, rng):
+            if seen is None:
+                texts.append(text)
+            elif text not in seen:
+                texts.append(text)
+                seen.add(text)
+    return texts
 
 
 def shares(count: int, among: int) -> list[int]:
