@@ -236,7 +236,7 @@ def _measured(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _commands(table: Table, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One command a row, with the first seed; of a row of many columns, the report's own."""
+    """One command a row: `train.py` with the first seed or, of several columns, what makes the row with all seeds."""
     lines = []
     for run in table.runs():
         if run.name not in found or run.seed != run.row.seeds[0]:
