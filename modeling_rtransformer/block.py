@@ -125,11 +125,14 @@ class RTransformerLocalRNN(nn.Module):
         if self.padded_with_zeros or self.window == 1:
             return rnn(self._with_window_before(hidden_states, past_key_values), segment_ids)
         is_first = past_key_values is None or not past_key_values.has_previous_state(self.layer_idx, self.rnn_idx)
+        runs_over = is_first and segment_ids is None and rnn.can_run_over(hidden_states)
+        if runs_over and past_key_values is None:  # nothing reads the windows
+            return rnn.over_sequence(hidden_states, padding_mask)
         present = torch.ones_like(hidden_states[..., :1])
         if padding_mask is not None:
             present = present * padding_mask[..., None].to(present.dtype)
         windows = self._with_window_before(torch.cat([hidden_states, present], dim=-1), past_key_values)
-        if is_first and segment_ids is None and rnn.can_run_over(hidden_states):
+        if runs_over:
             return rnn.over_sequence(hidden_states, padding_mask)
         return rnn(windows[..., :-1], segment_ids, started=(windows[..., -1] != 0).cumsum(1) > 0)
 

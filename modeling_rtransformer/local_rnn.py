@@ -148,6 +148,10 @@ def local_rnn_triton(projected, weight, bias, zero_input, segment_ids, rnn_type,
 # Elements of the input from which tiles are faster than plain operations, as scripts/benchmark.py shows.
 TILED_FROM = 2**16
 
+# Inputs of one window from which, on a CPU, torch's RNN over them is faster than as many plain steps: its LSTM lays the
+# weights out anew in each call.
+ONE_RUN_FROM = 64
+
 IMPLEMENTATIONS = {"plain": local_rnn_plain, "tiled": local_rnn_tiled, "triton": local_rnn_triton}
 
 
@@ -261,6 +265,9 @@ class LocalRNN(nn.Module):
         Returns:
             `(B, L, D)`: out[t] for each of the L inputs.
         """
+        if segment_ids is None and self.window >= ONE_RUN_FROM and inputs.device.type == "cpu":
+            if inputs.shape[1] == self.window and self.can_run_over(inputs):  # a decoding step: L is 1
+                return self.over_sequence(inputs, started)[:, -1:]
         weight, bias = dense_weight(self.recurrent_proj, self.hidden_size, inputs)
         projected, before = self.input_proj(inputs), None
         if started is not None:

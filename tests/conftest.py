@@ -27,7 +27,7 @@ VARIANTS = {
     "rnn-window-1": {"local_rnn_type": "rnn", "local_window": 1},
     "window-longer-than-the-sequence": {"local_window": 40},
     "rnn-unpadded": {"local_rnn_type": "rnn", "local_padding": "none"},
-    "lstm-unpadded-over-the-sequence": {"local_rnn_type": "lstm", "local_padding": "none", "local_window": 40},
+    "lstm-unpadded-over-the-sequence": {"local_rnn_type": "lstm", "local_padding": "none", "local_window": 64},
     "rsa": {"num_local_rnns": 0, **RSA},
     "rsa-one-layer-gate-a-head": {"num_local_rnns": 0, **RSA, "rem_gate": "head", "rem_layers": [1]},
     "gru-and-rsa": RSA,

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from modeling_rtransformer import local_rnn_tiled
-from modeling_rtransformer.local_rnn import LocalRNN, best_implementation, local_rnn_reference
+from modeling_rtransformer.local_rnn import ONE_RUN_FROM, LocalRNN, best_implementation, local_rnn_reference
 
 
 TORCH_RNNS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
@@ -80,6 +80,27 @@ def test_over_a_sequence_in_its_window_it_is_one_run_of_the_rnn(rnn_type, padded
     torch.testing.assert_close(fast[:1], whole)
     wanted = (inputs, *local_rnn.parameters())
     torch.testing.assert_close(gradients(fast, *wanted), gradients(windows, *wanted))
+
+
+@pytest.mark.parametrize("unpadded", [False, True], ids=["zeros", "unpadded"])
+@pytest.mark.parametrize("rnn_type", TORCH_RNNS)
+def test_one_long_window_is_one_run_of_the_rnn(rnn_type, unpadded, monkeypatch):
+    """A decoding step: all inputs make up one window."""
+    torch.manual_seed(0)
+    local_rnn = LocalRNN(6, ONE_RUN_FROM, rnn_type).double()
+    inputs = torch.randn(4, ONE_RUN_FROM, 6, dtype=torch.float64, requires_grad=True)
+    begins = torch.tensor([0, 9, ONE_RUN_FROM - 1, ONE_RUN_FROM])  # the last row has not begun
+    started = torch.arange(ONE_RUN_FROM) >= begins[:, None] if unpadded else None
+    runs = []
+    over_sequence = LocalRNN.over_sequence
+    monkeypatch.setattr(LocalRNN, "over_sequence", lambda *args: runs.append(1) or over_sequence(*args))
+    one_run = local_rnn(inputs, None, started)
+    local_rnn.implementation = "plain"
+    steps = local_rnn(inputs, None, started)
+    assert len(runs) == 1
+    torch.testing.assert_close(one_run, steps)
+    wanted = (inputs, *local_rnn.parameters())
+    torch.testing.assert_close(gradients(one_run, *wanted), gradients(steps, *wanted))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
