@@ -196,8 +196,9 @@ def markdown(table: Table, found: Mapping[str, Mapping[str, Any]], pictures: Seq
         if not results:
             continue
         cells = " | ".join(cell(table, by_column[column]) for column in columns)
-        about = (_range(results, "parameters"), _seeds(by_column), _seconds(results))
-        lines.append(f"| **{row.name}** | {cells} | {' | '.join(about)} |")
+        parameters = _span([result["parameters"] for result in results], ",")
+        seeds = _span([len(results) for results in by_column.values()], "d")
+        lines.append(f"| **{row.name}** | {cells} | {parameters} | {seeds} | {_seconds(results)} |")
     if ended:
         lines += ["", _measured(ended), "", *_commands(table, found)]
     for caption, path in pictures:
@@ -205,21 +206,16 @@ def markdown(table: Table, found: Mapping[str, Mapping[str, Any]], pictures: Seq
     return "\n".join(lines) + "\n"
 
 
-def _range(results: Sequence[Mapping[str, Any]], key: str) -> str:
-    values = sorted({result[key] for result in results})
-    return "-" if not values else " to ".join(f"{value:,}" for value in values[:: max(1, len(values) - 1)])
-
-
-def _seeds(by_column: Mapping[str, Sequence]) -> str:
-    counts = sorted({len(results) for results in by_column.values()})
-    return " to ".join(map(str, counts[:: max(1, len(counts) - 1)]))
+def _span(values: Sequence[float], form: str) -> str:
+    """From the least to the largest, or one of them where they look alike."""
+    return " to ".join(dict.fromkeys(format(value, form) for value in (min(values), max(values))))
 
 
 def _seconds(results: Sequence[Mapping[str, Any]]) -> str:
     """By the clock of each run's budget."""
     clocks = ["processor" if "budget.clock=processor" in result["overrides"] else "wall" for result in results]
     values = [result[f"{clock}_seconds"]["training"] for result, clock in zip(results, clocks, strict=True)]
-    return "-" if not values else " to ".join(f"{value:.0f}" for value in dict.fromkeys((min(values), max(values))))
+    return _span(values, ".0f")
 
 
 def _measured(results: Sequence[Mapping[str, Any]]) -> str:

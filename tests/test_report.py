@@ -40,7 +40,7 @@ def result(value, seed=1, threads=1, commit="a" * 40):
     return {
         "metrics": {"test": {"bits_per_character": value}},
         "parameters": 1234,
-        "wall_seconds": {"training": 9.6},
+        "wall_seconds": {"training": 9.6 + 0.1 * seed},  # 10, whichever seed
         "overrides": ["task.window=17", f"training.seed={seed}"],
         "machine": {"threads": threads, "accelerator": None},
         "versions": {"torch": "2", "transformers": "5"},
