@@ -45,7 +45,7 @@ def plot_curves(curves: dict[str, dict[str, list]], metric: str, path: Path) -> 
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots()
     values = []
     for name, rows in curves.items():
@@ -55,7 +55,7 @@ def plot_curves(curves: dict[str, dict[str, list]], metric: str, path: Path) -> 
     if values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
     axes.set(xlabel="seconds of training", ylabel=f"{metric.replace('_', ' ')}, validation")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside right upper", fontsize="small")  # beside the curves, which it would hide
     figure.savefig(path, dpi=120)
     return True
 
