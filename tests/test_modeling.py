@@ -157,6 +157,16 @@ def test_cached_decoding_equals_the_full_forward_at_every_step(variant, attentio
         torch.testing.assert_close(torch.cat(logits, dim=1), full, **CLOSE)
 
 
+def test_a_text_longer_than_a_long_window_is_decoded_alike():
+    """Single steps run each window in one go; the full forward runs the windows side by side."""
+    model = causal_lm("lstm-unpadded-over-the-sequence")
+    ids = random_ids(2, model.config.local_window + 9)
+    cache, logits = DynamicCache(config=model.config), []
+    for chunk in ids.split([model.config.local_window - 3] + [1] * 12, dim=1):
+        logits.append(model(chunk, past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, **CLOSE)
+
+
 def test_a_static_cache_gives_the_same(variant):
     model = causal_lm(variant)
     ids = random_ids(2, LENGTH)
