@@ -161,13 +161,13 @@ def _make(kind: type, values: Mapping[str, Any], place: str, path: Path):
 
 
 def cell(table: Table, results: Sequence[Mapping[str, Any]]) -> str:
-    """`mean ± standard deviation` of the seeds for each metric; a dash where no run has ended."""
+    """`mean ± standard deviation` of the seeds for each metric, or what all gave; a dash where no run has ended."""
     if not results:
         return "-"
     texts = []
     for metric in table.metrics:
         values = [table.scale * result["metrics"]["test"][metric] for result in results]
-        spread = f" ± {statistics.stdev(values):.{table.digits}f}" if len(values) > 1 else ""
+        spread = f" ± {statistics.stdev(values):.{table.digits}f}" if len(set(values)) > 1 else ""
         texts.append(f"{statistics.mean(values):.{table.digits}f}{spread}")
     return " / ".join(texts)
 

@@ -84,7 +84,7 @@ def test_a_row_changes_a_baseline_too(tables):
 def test_a_cell_may_have_several_figures(tables):
     tables.write_text(tables.read_text().replace('["bits_per_character"]', '["a", "b"]\nscale = 100.0\ndigits = 1'))
     results = [{"metrics": {"test": {"a": 1.0, "b": value}}} for value in (0.5, 0.75)]
-    assert cell(read_tables(tables)["tiny"], results) == "100.0 ± 0.0 / 62.5 ± 17.7"
+    assert cell(read_tables(tables)["tiny"], results) == "100.0 / 62.5 ± 17.7"
     assert cell(read_tables(tables)["tiny"], []) == "-"
 
 
