@@ -265,9 +265,9 @@ class LocalRNN(nn.Module):
         Returns:
             `(B, L, D)`: out[t] for each of the L inputs.
         """
-        if segment_ids is None and self.window >= ONE_RUN_FROM and inputs.device.type == "cpu":
-            if inputs.shape[1] == self.window and self.can_run_over(inputs):  # a decoding step: L is 1
-                return self.over_sequence(inputs, started)[:, -1:]
+        one_long_window = inputs.shape[1] == self.window >= ONE_RUN_FROM  # a decoding step: L is 1
+        if one_long_window and segment_ids is None and inputs.device.type == "cpu" and self.can_run_over(inputs):
+            return self.over_sequence(inputs, started)[:, -1:]
         weight, bias = dense_weight(self.recurrent_proj, self.hidden_size, inputs)
         projected, before = self.input_proj(inputs), None
         if started is not None:
