@@ -20,9 +20,12 @@ import importlib.util
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.utils import logging
 
-from .local_rnn_tiled import TiledLocalRnn
+from .local_rnn_tiled import CELLS, TiledLocalRnn
 
+
+logger = logging.get_logger(__name__)
 
 NUM_GATES = {"gru": 3, "lstm": 4, "rnn": 1}
 TORCH_RNNS = {"gru": torch.gru, "lstm": torch.lstm, "rnn": torch.rnn_tanh}
@@ -129,7 +132,29 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 def local_rnn_tiled(projected, weight, bias, zero_input, segment_ids, rnn_type, window):
     """`local_rnn_plain` on a CPU in float32 or float64, several times as fast and without its copies."""
     keep = needs_grad(projected, weight, bias, zero_input)
-    return TiledLocalRnn.apply(projected, weight, bias, zero_input, segment_ids, rnn_type, window, keep)
+    return TiledLocalRnn.apply(projected, weight, bias, zero_input, segment_ids, CELLS[rnn_type], window, keep)
+
+
+@functools.cache
+def can_fuse() -> bool:
+    """Whether the C compiler of this machine makes the kernels of the fused form; says why not, once."""
+    from .compiled_c import NoCompiler
+    from .local_rnn_fused import kernels
+
+    try:
+        kernels(torch.float32)
+    except NoCompiler as error:
+        logger.info(f"LocalRNN runs in tiles without fused gates: {error}")
+        return False
+    return True
+
+
+def local_rnn_fused(projected, weight, bias, zero_input, segment_ids, rnn_type, window):
+    """`local_rnn_tiled` with the gates of a step in one pass, in C that is compiled and imported only here."""
+    from .local_rnn_fused import CELLS
+
+    keep = needs_grad(projected, weight, bias, zero_input)
+    return TiledLocalRnn.apply(projected, weight, bias, zero_input, segment_ids, CELLS[rnn_type], window, keep)
 
 
 @functools.cache
@@ -145,14 +170,20 @@ def local_rnn_triton(projected, weight, bias, zero_input, segment_ids, rnn_type,
     return TritonLocalRnn.apply(projected, weight, bias, zero_input, segment_ids, rnn_type, window, keep)
 
 
-# Elements of the input from which tiles are faster than plain operations, as scripts/benchmark.py shows.
-TILED_FROM = 2**16
+# Elements of the projected input from which each is faster than plain operations, with gradients, on two cores.
+FUSED_FROM = 2**16
+TILED_FROM = 2**18
 
 # Inputs of one window from which, on a CPU, torch's RNN over them is faster than as many plain steps: its LSTM lays the
 # weights out anew in each call.
 ONE_RUN_FROM = 64
 
-IMPLEMENTATIONS = {"plain": local_rnn_plain, "tiled": local_rnn_tiled, "triton": local_rnn_triton}
+IMPLEMENTATIONS = {
+    "plain": local_rnn_plain,
+    "tiled": local_rnn_tiled,
+    "fused": local_rnn_fused,
+    "triton": local_rnn_triton,
+}
 
 
 def needs_plain(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -165,9 +196,11 @@ def best_implementation(projected: torch.Tensor, weight: torch.Tensor) -> str:
     """The name of the fastest implementation for these tensors."""
     if needs_plain(projected, weight):
         return "plain"
-    on_cpu = projected.device.type == "cpu" and projected.dtype in (torch.float32, torch.float64)
-    if on_cpu and projected.numel() // weight.shape[0] * weight.shape[1] >= TILED_FROM:
-        return "tiled"
+    if projected.device.type == "cpu":
+        if projected.dtype == torch.float32 and projected.numel() >= FUSED_FROM and can_fuse():
+            return "fused"
+        in_tiles = projected.dtype in (torch.float32, torch.float64) and projected.numel() >= TILED_FROM
+        return "tiled" if in_tiles else "plain"
     on_gpu = projected.is_cuda and projected.dtype in (torch.float32, torch.bfloat16, torch.float16)
     if on_gpu and triton_is_installed():
         return "triton"
@@ -196,8 +229,9 @@ def local_rnn(
         zero_input (`(G D)`):
             what stands for inputs of other segments, needed with `segment_ids`: the projection of a zero input, or
             [`resting_input`].
-        implementation: `"plain"`, `"tiled"` (CPU, float32 and float64, differentiable once), `"triton"` (CUDA, float32,
-            bfloat16 and float16, differentiable once; an `ImportError` without Triton) or `"auto"`.
+        implementation: `"plain"`, `"tiled"` (CPU, float32 and float64, differentiable once), `"fused"` (the same with
+            gates in C; an `ImportError` without a C compiler), `"triton"` (CUDA, float32, bfloat16 and float16,
+            differentiable once; an `ImportError` without Triton) or `"auto"`.
 
     Returns:
         `(B, L, D)`: the last hidden state of each window.

@@ -1,5 +1,6 @@
 """The LocalRNN equals torch's own RNNs run over unfolded windows, gradients included."""
 
+import shutil
 import sys
 
 import pytest
@@ -7,15 +8,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modeling_rtransformer import local_rnn_tiled
+from modeling_rtransformer import local_rnn, local_rnn_tiled
 from modeling_rtransformer.local_rnn import ONE_RUN_FROM, LocalRNN, best_implementation, local_rnn_reference
 
 
 TORCH_RNNS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
+needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
 SHAPES = [(2, 63, 20, 7), (1, 5, 3, 9), (3, 1, 4, 2), (2, 10, 6, 1), (5, 9, 2, 3)]
 
 
-@pytest.fixture(params=["plain", "tiled"])
+@pytest.fixture(params=["plain", "tiled", pytest.param("fused", marks=needs_gcc)])
 def implementation(request, monkeypatch):
     """Each implementation by name; tiles of a few rows, so that small sizes have several and uneven ones."""
     monkeypatch.setattr(local_rnn_tiled, "TILE_ROWS", 20)
@@ -202,11 +204,15 @@ def test_the_tiled_form_takes_nothing_but_the_gates_of_each_step(rnn_type):
     assert kept <= projected.numel() + parameters + 2 * 100 * (5 * gates - 8 * (rnn_type == "gru"))
 
 
-def test_large_inputs_on_a_cpu_are_tiled_and_whatever_needs_plain_operations_gets_them():
-    large, small = torch.randn(4, 520, 96), torch.randn(4, 20, 96)
+def test_large_inputs_on_a_cpu_are_tiled_and_whatever_needs_plain_operations_gets_them(monkeypatch):
+    large, small = torch.randn(4, 720, 96), torch.randn(4, 20, 96)
     weight = nn.Parameter(torch.randn(96, 32))
-    assert best_implementation(large, weight) == "tiled"
+    monkeypatch.setattr(local_rnn, "can_fuse", lambda: True)
+    assert best_implementation(large, weight) == "fused"
+    assert best_implementation(large.double(), weight.double()) == "tiled"
     assert best_implementation(small, weight) == "plain"
+    monkeypatch.setattr(local_rnn, "can_fuse", lambda: False)
+    assert best_implementation(large, weight) == "tiled"
     assert best_implementation(large.bfloat16(), weight.bfloat16()) == "plain"
     chosen = []
     torch.vmap(lambda inputs: chosen.append(best_implementation(inputs[None], weight)) or inputs)(large)

@@ -1,0 +1,115 @@
+"""The C kernels of the LocalRNN: how they come to be, and what they make of numbers that are none or out of range."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from modeling_rtransformer import compiled_c, local_rnn, local_rnn_fused
+from modeling_rtransformer.local_rnn import LocalRNN
+from modeling_rtransformer.local_rnn_fused import SOURCE
+
+
+needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
+TINY = "double twice(double x) { return 2 * x; }"
+
+
+@pytest.fixture
+def fresh(tmp_path, monkeypatch):
+    """Nothing compiled yet, and an empty cache."""
+    for function in (compiled_c.load, local_rnn_fused.kernels, local_rnn.can_fuse):
+        function.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    yield tmp_path / "rtransformer"
+    for function in (compiled_c.load, local_rnn_fused.kernels, local_rnn.can_fuse):
+        function.cache_clear()
+
+
+def fused(rnn_type, hidden=6, window=4):
+    torch.manual_seed(0)
+    made = LocalRNN(hidden, window, rnn_type)
+    made.implementation = "fused"
+    return made
+
+
+@needs_gcc
+@pytest.mark.parametrize("rnn_type", local_rnn.NUM_GATES)
+def test_what_is_not_a_number_reaches_the_windows_that_hold_it_and_no_other(rnn_type):
+    inputs = torch.randn(2, 23, 6)
+    inputs[1, 9, 2] = torch.nan
+    lost = fused(rnn_type)(inputs).isnan().any(-1)
+    assert lost.nonzero().tolist() == [[1, position] for position in range(6, 10)]  # of 20 positions
+
+
+@needs_gcc
+@pytest.mark.parametrize("rnn_type", local_rnn.NUM_GATES)
+def test_gates_that_are_shut_or_open_wide_are_as_the_plain_ones(rnn_type):
+    """Sums from below exp's range to above it, also without end."""
+    made = fused(rnn_type, hidden=17)
+    with torch.no_grad():
+        made.input_proj.weight.mul_(30)
+    inputs = torch.randn(3, 40, 17) * torch.logspace(-12, 3, 40)[:, None]
+    inputs[2, 5] = torch.inf  # times weights of both signs: what becomes of it is for the plain form to say
+    found = made(inputs)
+    made.implementation = "plain"
+    torch.testing.assert_close(found, made(inputs), equal_nan=True)
+    assert found[:2].isfinite().all()
+
+
+@needs_gcc
+@pytest.mark.parametrize("rnn_type", local_rnn.NUM_GATES)
+def test_the_number_of_threads_changes_nothing(rnn_type):
+    made, inputs = fused(rnn_type, hidden=64), torch.randn(4, 203, 64, requires_grad=True)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            outputs = made(inputs)
+            found.append([outputs, *torch.autograd.grad(outputs.square().sum(), [inputs, *made.parameters()])])
+    finally:
+        torch.set_num_threads(threads)
+    torch.testing.assert_close(*found)
+
+
+@needs_gcc
+def test_a_library_is_made_once_and_kept(fresh, monkeypatch):
+    assert compiled_c.load(TINY) is compiled_c.load(TINY)
+    (kept,) = fresh.iterdir()
+    compiled_c.load.cache_clear()  # as in the next process
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was compiled again"))
+    compiled_c.load(TINY)
+    assert list(fresh.iterdir()) == [kept]
+
+
+@needs_gcc
+def test_where_nothing_can_be_written_a_library_serves_its_process(fresh):
+    fresh.write_text("a file where the folder should be")
+    assert compiled_c.load(TINY).twice is not None
+    assert fresh.read_text() == "a file where the folder should be"
+
+
+def test_without_a_compiler_large_inputs_are_tiled_and_asking_for_c_says_what_is_missing(fresh, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler -O9")
+    inputs, weight = torch.randn(4, 720, 96), torch.randn(96, 32)
+    assert local_rnn.best_implementation(inputs, weight) == "tiled"
+    with pytest.raises(ImportError, match="no C compiler `no-such-compiler`: install gcc, or name another in .CC"):
+        fused("gru")(torch.randn(1, 9, 6))
+    assert not list(fresh.iterdir())
+
+
+@needs_gcc
+def test_what_does_not_compile_or_load_is_told_in_the_compilers_words(fresh):
+    with pytest.raises(compiled_c.NoCompiler, match="failed: .*expected"):
+        compiled_c.load("int broken(")
+    with pytest.raises(compiled_c.NoCompiler, match="does not load: .*nowhere_defined"):
+        compiled_c.load("int nowhere_defined(void); int f(void) { return nowhere_defined(); }")
+    assert not [path for path in fresh.iterdir() if path.is_dir()]
+
+
+def test_every_function_is_given_as_many_arrays_as_it_takes():
+    functions = re.findall(r"^void (\w+)\(([^)]*)\)", SOURCE, re.MULTILINE)
+    declared = {name: parameters.count("*") for name, parameters in functions}
+    assert declared == local_rnn_fused.ARRAYS
