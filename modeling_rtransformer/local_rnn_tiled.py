@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 # Rows a tile: so many elements in a buffer of width D, which caches hold, and rows enough for the products to run well.
 TILE_ELEMENTS = 2**18
-TILE_ROWS = 256
+TILE_ROWS = 512
 
 
 def sigmoid_backward_(grad: torch.Tensor, output: torch.Tensor) -> None:
@@ -310,7 +310,7 @@ def make_tiles(batch: int, length: int, size: int) -> list[Tile]:
     """Tiles of about equal size: parts of one sequence where it is long, several sequences where they are short."""
     rows = max(TILE_ROWS, TILE_ELEMENTS // size)
     parts = -(-length // rows)  # of one sequence
-    groups = batch if parts > 1 else -(-batch * length // rows)  # of sequences
+    groups = -(-batch // max(rows // max(length, 1), 1))  # of sequences
     positions, sequences = -(-length // max(parts, 1)), -(-batch // max(groups, 1))
     return [
         Tile(slice(b, min(b + sequences, batch)), slice(t, min(t + positions, length)))
