@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .local_rnn_tiled import CELLS, TiledLocalRnn
+from .local_rnn_tiled import TiledLocalRnn
 
 
 logger = logging.get_logger(__name__)
@@ -132,7 +132,7 @@ def needs_grad(*tensors: torch.Tensor | None) -> bool:
 def local_rnn_tiled(projected, weight, bias, zero_input, segment_ids, rnn_type, window):
     """`local_rnn_plain` on a CPU in float32 or float64, several times as fast and without its copies."""
     keep = needs_grad(projected, weight, bias, zero_input)
-    return TiledLocalRnn.apply(projected, weight, bias, zero_input, segment_ids, CELLS[rnn_type], window, keep)
+    return TiledLocalRnn.apply(projected, weight, bias, zero_input, segment_ids, rnn_type, window, keep)
 
 
 @functools.cache
@@ -151,10 +151,10 @@ def can_fuse() -> bool:
 
 def local_rnn_fused(projected, weight, bias, zero_input, segment_ids, rnn_type, window):
     """`local_rnn_tiled` with the gates of a step in one pass, in C that is compiled and imported only here."""
-    from .local_rnn_fused import CELLS
+    from .local_rnn_fused import FusedLocalRnn
 
     keep = needs_grad(projected, weight, bias, zero_input)
-    return TiledLocalRnn.apply(projected, weight, bias, zero_input, segment_ids, CELLS[rnn_type], window, keep)
+    return FusedLocalRnn.apply(projected, weight, bias, zero_input, segment_ids, rnn_type, window, keep)
 
 
 @functools.cache

@@ -1,22 +1,24 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
 """
-The steps of a LocalRNN's tiles with all gates of a step in one pass, in C.
+The K steps of a LocalRNN on a CPU, tile by tile as in local_rnn_tiled.py, with all gates of a step in one pass of C.
 
-In the tiled form a step is a product and half a dozen operations, each of which reads and writes a buffer as large as
-the product's. Here these are one loop over the rows, and so is a step back. Products and tiles are those of
-local_rnn_tiled.py, whose cells are the readable twins.
+Next to its product a step is half a dozen operations there, each of which reads and writes a buffer as large as the
+product's. Here it is one loop over the rows, and so is a step back. Inputs are read, and their gradients added, where
+they are, without a copy of a tile. `TiledLocalRnn` is the twin in PyTorch's operations.
 """
 
-# R rows of a tile, D hidden size, G gates
+# R rows of a tile (S sequences, T positions of each), D hidden size, G gates, K window
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from . import compiled_c
-from .local_rnn_tiled import GruCell, LstmCell, TanhCell
+from .compiled_c import load
+from .local_rnn_tiled import Tile, Workspace, make_tiles
 
 
 # exp is a power of 2, by the bits of the exponent, times a polynomial on [-ln 2 / 2, ln 2 / 2]; the coefficients are
@@ -64,59 +66,62 @@ static inline float tangent(float x) {
     small = small * square + 1.33314422036e-1f;
     small = small * square - 3.33332819422e-1f;
     small = small * square * x + x;
-    float large = 1.0f - 2.0f / (1.0f + exponential(2.0f * x));
-    return square < 0.390625f ? small : large;
+    float large = 1.0f - 2.0f / (1.0f + exponential(2.0f * fabsf(x)));
+    return square < 0.390625f ? small : copysignf(large, x);
 }
 #endif
 
 static inline real sigmoid(real x) { return 1 / (1 + exponential(-x)); }
 
-/* Every row once, in PyTorch's threads where that pays; all arrays are (R, columns) without gaps. */
+/* Every row once, in PyTorch's threads where that pays. Arrays of a tile are (R, columns) without gaps. Its inputs are
+   rows of the whole, `stride` from one sequence to the next, or `zero` where `same` says that packing hides them. */
 #define EACH_ROW _Pragma("omp parallel for if (rows * size > 16384)") for (count row = 0; row < rows; row++)
 #define EACH _Pragma("omp simd") for (count d = 0; d < size; d++)
 #define ROW(array, columns) ((array) ? (array) + row * (columns) : NULL)
+#define INPUT(array, columns) ((array) + row / positions * stride + row % positions * (columns))
+#define SHOWN (!same || same[row])
+#define PLACE count rows, count size, count positions, count stride
 #define INLINE static inline __attribute__((always_inline))
 
 /* `first`, a constant where these are called, is the step from a zero state: no product and no state before it. */
-INLINE void gru_row(count size, const real *x, const real *p, const real *bias, const real *b, real *s, real *r,
-                    real *n, real *h, int first) {
+INLINE void gru_row(count size, const real *x, const real *p, const real *bias, real *h, real *s, real *r, int first) {
     EACH {
-        real reset = sigmoid(first ? x[d] : x[d] + p[d]);
-        real update = sigmoid(first ? x[size + d] : x[size + d] + p[size + d]);
-        real recurrent = first ? bias[d] : p[2 * size + d] + bias[d];
+        real reset = sigmoid(x[d] + bias[d] + (first ? 0 : p[d]));
+        real update = sigmoid(x[size + d] + bias[size + d] + (first ? 0 : p[size + d]));
+        real recurrent = bias[2 * size + d] + (first ? 0 : p[2 * size + d]);
         real new = tangent(x[2 * size + d] + reset * recurrent);
         s[d] = reset;
         s[size + d] = update;
         if (!first) r[d] = recurrent;
-        n[d] = new;
-        h[d] = new + update * ((first ? 0 : b[d]) - new);
+        h[d] = new + update * ((first ? 0 : h[d]) - new);
     }
 }
 
-void gru_step(count rows, count size, const real *inputs, const real *product, const real *bias, const real *before,
-              real *sigmoids, real *recurrent, real *new, real *hidden) {
+void gru_step(PLACE, const real *inputs, const real *zero, const real *same, const real *bias, const real *product,
+              real *hidden, real *sigmoids, real *recurrent) {
     EACH_ROW {
-        const real *x = ROW(inputs, 3 * size), *p = ROW(product, 3 * size), *b = ROW(before, size);
-        real *s = ROW(sigmoids, 2 * size), *r = ROW(recurrent, size), *n = ROW(new, size), *h = ROW(hidden, size);
-        if (product) gru_row(size, x, p, bias, b, s, r, n, h, 0);
-        else gru_row(size, x, p, bias, b, s, r, n, h, 1);
+        const real *x = SHOWN ? INPUT(inputs, 3 * size) : zero, *p = ROW(product, 3 * size);
+        real *h = ROW(hidden, size), *s = ROW(sigmoids, 2 * size), *r = ROW(recurrent, size);
+        if (product) gru_row(size, x, p, bias, h, s, r, 0);
+        else gru_row(size, x, p, bias, h, s, r, 1);
     }
 }
 
 INLINE void gru_row_again(count size, const real *x, const real *bias, const real *b, const real *s, const real *r,
                           real *n, real *h, int first) {
     EACH {
-        real new = tangent(x[2 * size + d] + s[d] * (first ? bias[d] : r[d]));
+        real new = tangent(x[2 * size + d] + s[d] * (first ? bias[2 * size + d] : r[d]));
         n[d] = new;
         h[d] = new + s[size + d] * ((first ? 0 : b[d]) - new);
     }
 }
 
-void gru_advance(count rows, count size, const real *inputs, const real *bias, const real *before, const real *sigmoids,
-                 const real *recurrent, real *new, real *hidden) {
+/* The states of a step once more, from what is kept. */
+void gru_again(PLACE, const real *inputs, const real *zero, const real *same, const real *bias, const real *before,
+               const real *sigmoids, const real *recurrent, real *new, real *hidden) {
     EACH_ROW {
-        const real *x = ROW(inputs, 3 * size), *b = ROW(before, size), *s = ROW(sigmoids, 2 * size);
-        const real *r = ROW(recurrent, size);
+        const real *x = SHOWN ? INPUT(inputs, 3 * size) : zero, *b = ROW(before, size);
+        const real *s = ROW(sigmoids, 2 * size), *r = ROW(recurrent, size);
         real *n = ROW(new, size), *h = ROW(hidden, size);
         if (before) gru_row_again(size, x, bias, b, s, r, n, h, 0);
         else gru_row_again(size, x, bias, b, s, r, n, h, 1);
@@ -128,7 +133,7 @@ INLINE void gru_row_back(count size, const real *bias, const real *b, const real
     EACH {
         real reset = s[d], update = s[size + d], new = n[d], grad = g[d];
         real to_new = grad * (1 - update) * (1 - new * new);
-        real to_reset = to_new * (first ? bias[d] : r[d]) * reset * (1 - reset);
+        real to_reset = to_new * (first ? bias[2 * size + d] : r[d]) * reset * (1 - reset);
         real to_update = grad * ((first ? 0 : b[d]) - new) * update * (1 - update);
         p[d] = to_reset;
         p[size + d] = to_update;
@@ -140,118 +145,98 @@ INLINE void gru_row_back(count size, const real *bias, const real *b, const real
     }
 }
 
-void gru_backward(count rows, count size, const real *bias, const real *before, const real *sigmoids,
-                  const real *recurrent, const real *new, real *grad_hidden, real *grad_product, real *grad_inputs,
-                  real *grad_masked, const real *same) {
+void gru_back(PLACE, real *grad_inputs, real *grad_masked, const real *same, const real *bias,
+              const real *before, const real *sigmoids, const real *recurrent, const real *new, real *grad_hidden,
+              real *grad_product) {
     EACH_ROW {
         const real *b = ROW(before, size), *s = ROW(sigmoids, 2 * size), *r = ROW(recurrent, size), *n = ROW(new, size);
         real *g = ROW(grad_hidden, size), *p = ROW(grad_product, 3 * size);
-        real *x = ROW(!same || same[row] ? grad_inputs : grad_masked, 3 * size);
+        real *x = SHOWN ? INPUT(grad_inputs, 3 * size) : ROW(grad_masked, 3 * size);
         if (before) gru_row_back(size, bias, b, s, r, n, g, p, x, 0);
         else gru_row_back(size, bias, b, s, r, n, g, p, x, 1);
     }
 }
 
-/* The sigmoid gates are input, forget, output. */
-INLINE void lstm_row(count size, const real *x, const real *p, const real *c, real *s, real *n, real *cell, real *bent,
+/* The gates are input, forget, cell, output. */
+INLINE void lstm_row(count size, const real *x, const real *p, const real *bias, const real *b, real *s, real *c,
                      real *h, int first) {
     EACH {
-        real input = sigmoid(first ? x[d] : x[d] + p[d]);
-        real forget = sigmoid(first ? x[size + d] : x[size + d] + p[size + d]);
-        real output = sigmoid(first ? x[2 * size + d] : x[2 * size + d] + p[2 * size + d]);
-        real new = tangent(first ? x[3 * size + d] : x[3 * size + d] + p[3 * size + d]);
-        real sum = first ? input * new : input * new + forget * c[d];
-        real curve = tangent(sum);
+        real input = sigmoid(x[d] + bias[d] + (first ? 0 : p[d]));
+        real forget = sigmoid(x[size + d] + bias[size + d] + (first ? 0 : p[size + d]));
+        real new = tangent(x[2 * size + d] + bias[2 * size + d] + (first ? 0 : p[2 * size + d]));
+        real output = sigmoid(x[3 * size + d] + bias[3 * size + d] + (first ? 0 : p[3 * size + d]));
+        real cell = input * new + (first ? 0 : forget * b[d]);
         s[d] = input;
         s[size + d] = forget;
-        s[2 * size + d] = output;
-        n[d] = new;
-        cell[d] = sum;
-        bent[d] = curve;
-        h[d] = output * curve;
+        s[2 * size + d] = new;
+        s[3 * size + d] = output;
+        c[d] = cell;
+        h[d] = output * tangent(cell);
     }
 }
 
-void lstm_step(count rows, count size, const real *inputs, const real *product, const real *before, real *sigmoids,
-               real *new, real *cell, real *tanh_cell, real *hidden) {
+void lstm_step(PLACE, const real *inputs, const real *zero, const real *same, const real *bias, const real *product,
+               const real *before, real *gates, real *cell, real *hidden) {
     EACH_ROW {
-        const real *x = ROW(inputs, 4 * size), *p = ROW(product, 4 * size), *c = ROW(before, size);
-        real *s = ROW(sigmoids, 3 * size), *n = ROW(new, size);
-        real *sum = ROW(cell, size), *bent = ROW(tanh_cell, size), *h = ROW(hidden, size);
-        if (product) lstm_row(size, x, p, c, s, n, sum, bent, h, 0);
-        else lstm_row(size, x, p, c, s, n, sum, bent, h, 1);
+        const real *x = SHOWN ? INPUT(inputs, 4 * size) : zero, *p = ROW(product, 4 * size), *b = ROW(before, size);
+        real *s = ROW(gates, 4 * size), *c = ROW(cell, size), *h = ROW(hidden, size);
+        if (product) lstm_row(size, x, p, bias, b, s, c, h, 0);
+        else lstm_row(size, x, p, bias, b, s, c, h, 1);
     }
 }
 
-INLINE void lstm_row_again(count size, const real *c, const real *s, const real *n, real *cell, real *bent, real *h,
-                           int first) {
-    EACH {
-        real sum = first ? s[d] * n[d] : s[d] * n[d] + s[size + d] * c[d];
-        real curve = tangent(sum);
-        cell[d] = sum;
-        bent[d] = curve;
-        h[d] = s[2 * size + d] * curve;
-    }
-}
-
-void lstm_advance(count rows, count size, const real *before, const real *sigmoids, const real *new, real *cell,
-                  real *tanh_cell, real *hidden) {
-    EACH_ROW {
-        const real *c = ROW(before, size), *s = ROW(sigmoids, 3 * size), *n = ROW(new, size);
-        real *sum = ROW(cell, size), *bent = ROW(tanh_cell, size), *h = ROW(hidden, size);
-        if (before) lstm_row_again(size, c, s, n, sum, bent, h, 0);
-        else lstm_row_again(size, c, s, n, sum, bent, h, 1);
-    }
-}
-
-INLINE void lstm_row_back(count size, const real *c, const real *s, const real *n, const real *bent, const real *g_h,
+/* `s_b` are the gates of the step before, from which and its cell the hidden state `h` before this step follows. */
+INLINE void lstm_row_back(count size, const real *s, const real *b, const real *s_b, real *h, const real *g_h,
                           real *g_c, real *p, real *x, int first) {
     EACH {
-        real input = s[d], forget = s[size + d], output = s[2 * size + d], new = n[d], curve = bent[d], grad = g_h[d];
+        real input = s[d], forget = s[size + d], new = s[2 * size + d], output = s[3 * size + d], grad = g_h[d];
+        real curve = tangent(input * new + (first ? 0 : forget * b[d]));
         real to_cell = g_c[d] + grad * output * (1 - curve * curve);
         real to_input = to_cell * new * input * (1 - input);
-        real to_forget = first ? 0 : to_cell * c[d] * forget * (1 - forget);
-        real to_output = grad * curve * output * (1 - output);
+        real to_forget = first ? 0 : to_cell * b[d] * forget * (1 - forget);
         real to_new = to_cell * input * (1 - new * new);
+        real to_output = grad * curve * output * (1 - output);
         p[d] = to_input;
         p[size + d] = to_forget;
-        p[2 * size + d] = to_output;
-        p[3 * size + d] = to_new;
+        p[2 * size + d] = to_new;
+        p[3 * size + d] = to_output;
         x[d] += to_input;
         x[size + d] += to_forget;
-        x[2 * size + d] += to_output;
-        x[3 * size + d] += to_new;
+        x[2 * size + d] += to_new;
+        x[3 * size + d] += to_output;
         g_c[d] = to_cell * forget;
+        if (!first) h[d] = s_b[3 * size + d] * tangent(b[d]);
     }
 }
 
-void lstm_backward(count rows, count size, const real *before, const real *sigmoids, const real *new,
-                   const real *tanh_cell, const real *grad_hidden, real *grad_cell, real *grad_product,
-                   real *grad_inputs, real *grad_masked, const real *same) {
+void lstm_back(PLACE, real *grad_inputs, real *grad_masked, const real *same, const real *gates, const real *before,
+               const real *gates_before, real *hidden_before, const real *grad_hidden, real *grad_cell,
+               real *grad_product) {
     EACH_ROW {
-        const real *c = ROW(before, size), *s = ROW(sigmoids, 3 * size), *n = ROW(new, size);
-        const real *bent = ROW(tanh_cell, size), *g_h = ROW(grad_hidden, size);
-        real *g_c = ROW(grad_cell, size), *p = ROW(grad_product, 4 * size);
-        real *x = ROW(!same || same[row] ? grad_inputs : grad_masked, 4 * size);
-        if (before) lstm_row_back(size, c, s, n, bent, g_h, g_c, p, x, 0);
-        else lstm_row_back(size, c, s, n, bent, g_h, g_c, p, x, 1);
+        const real *s = ROW(gates, 4 * size), *b = ROW(before, size), *s_b = ROW(gates_before, 4 * size);
+        const real *g_h = ROW(grad_hidden, size);
+        real *h = ROW(hidden_before, size), *g_c = ROW(grad_cell, size), *p = ROW(grad_product, 4 * size);
+        real *x = SHOWN ? INPUT(grad_inputs, 4 * size) : ROW(grad_masked, 4 * size);
+        if (before) lstm_row_back(size, s, b, s_b, h, g_h, g_c, p, x, 0);
+        else lstm_row_back(size, s, b, s_b, h, g_h, g_c, p, x, 1);
     }
 }
 
-void rnn_step(count rows, count size, const real *inputs, const real *product, real *hidden) {
+void rnn_step(PLACE, const real *inputs, const real *zero, const real *same, const real *bias, const real *product,
+              real *hidden) {
     EACH_ROW {
-        const real *x = ROW(inputs, size), *p = ROW(product, size);
+        const real *x = SHOWN ? INPUT(inputs, size) : zero, *p = ROW(product, size);
         real *h = ROW(hidden, size);
-        if (product) EACH h[d] = tangent(x[d] + p[d]);
-        else EACH h[d] = tangent(x[d]);
+        if (product) EACH h[d] = tangent(x[d] + bias[d] + p[d]);
+        else EACH h[d] = tangent(x[d] + bias[d]);
     }
 }
 
-void rnn_backward(count rows, count size, const real *hidden, const real *grad_hidden, real *grad_product,
-                  real *grad_inputs, real *grad_masked, const real *same) {
+void rnn_back(PLACE, real *grad_inputs, real *grad_masked, const real *same, const real *hidden,
+              const real *grad_hidden, real *grad_product) {
     EACH_ROW {
         const real *h = ROW(hidden, size), *g = ROW(grad_hidden, size);
-        real *p = ROW(grad_product, size), *x = ROW(!same || same[row] ? grad_inputs : grad_masked, size);
+        real *p = ROW(grad_product, size), *x = SHOWN ? INPUT(grad_inputs, size) : ROW(grad_masked, size);
         EACH {
             real grad = g[d] * (1 - h[d] * h[d]);
             p[d] = grad;
@@ -261,85 +246,225 @@ void rnn_backward(count rows, count size, const real *hidden, const real *grad_h
 }
 """
 
-# Arrays of each function, after R and D.
+# Arrays of each function, after R, D, T and the stride of the inputs.
 ARRAYS = {
     "gru_step": 8,
-    "gru_advance": 7,
-    "gru_backward": 10,
-    "lstm_step": 8,
-    "lstm_advance": 6,
-    "lstm_backward": 10,
-    "rnn_step": 3,
-    "rnn_backward": 6,
+    "gru_again": 9,
+    "gru_back": 10,
+    "lstm_step": 9,
+    "lstm_back": 10,
+    "rnn_step": 6,
+    "rnn_back": 6,
 }
 
 
 @functools.cache
 def kernels(dtype: torch.dtype) -> dict[str, Callable[..., None]]:
-    """The functions above for float32 or float64, on tensors or None; raises [`compiled_c.NoCompiler`]."""
-    library = compiled_c.load(SOURCE, *(["DOUBLE"] if dtype == torch.float64 else []))
+    """The functions above for float32 or float64, on numbers, tensors and None; raises [`NoCompiler`]."""
+    library = load(SOURCE, *(["DOUBLE"] if dtype == torch.float64 else []))
 
     def on_tensors(name):
         function = getattr(library, name)
         function.restype = None
-        function.argtypes = [ctypes.c_ssize_t] * 2 + [ctypes.c_void_p] * ARRAYS[name]
+        function.argtypes = [ctypes.c_ssize_t] * 4 + [ctypes.c_void_p] * ARRAYS[name]
 
-        def call(rows: int, size: int, *tensors: torch.Tensor | None) -> None:
-            function(rows, size, *(None if tensor is None else tensor.data_ptr() for tensor in tensors))
+        def call(place: tuple[int, int, int, int], *tensors: torch.Tensor | None) -> None:
+            function(*place, *(None if tensor is None else tensor.data_ptr() for tensor in tensors))
 
         return call
 
     return {name: on_tensors(name) for name in ARRAYS}
 
 
-class FusedGruCell(GruCell):
-    def __init__(self, weight, bias):
-        super().__init__(weight, bias)
-        self.kernels = kernels(weight.dtype)
+class Steps:
+    """
+    The steps of one tile by the kernels of one kind of RNN. `kept` are the arrays that serve the backward pass, as
+    `shapes` says; `place` is (R, D, T, the stride of the inputs).
+    """
 
-    def step(self, inputs, product, kept, before, after):
-        new, hidden = after
-        arrays = (inputs.all, product and product.all, self.new_bias, before and before[-1], kept.sigmoids, kept.new)
-        self.kernels["gru_step"](len(hidden), self.size, *arrays, new, hidden)
+    passes_by = 0  # 1 if some of the hidden state reaches the next step outside the product
 
-    def advance(self, inputs, kept, before, after):
-        new, hidden = after
-        arrays = (inputs.all, self.new_bias, before and before[-1], kept.sigmoids, kept.new)
-        self.kernels["gru_advance"](len(hidden), self.size, *arrays, new, hidden)
+    def __init__(self, place: tuple[int, int, int, int], bias: torch.Tensor, kept: Sequence[torch.Tensor], workspace):
+        self.place, self.bias, self.kept, self.workspace = place, bias, kept, workspace
+        self.kernels = kernels(bias.dtype)
 
-    def backward(self, kept, before, after, grads, back):
-        arrays = (self.new_bias, before and before[-1], kept.sigmoids, kept.new, after[0], *grads)
-        self.kernels["gru_backward"](len(grads[0]), self.size, *arrays, *back.arrays)
+    @staticmethod
+    def shapes(steps: int, rows: int, size: int) -> list[tuple[int, int, int]]:
+        raise NotImplementedError
 
+    def step(self, index: int, inputs: tuple, product: torch.Tensor | None, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden state `(R, D)`, in `hidden` or elsewhere, from `product` = W_h h, which the first step has not."""
+        raise NotImplementedError
 
-class FusedLstmCell(LstmCell):
-    def __init__(self, weight, bias):
-        super().__init__(weight, bias)
-        self.kernels = kernels(weight.dtype)
+    def states(self, inputs: Sequence[tuple]) -> tuple[torch.Tensor, ...]:
+        """What the steps back need beside what is kept, from the inputs of all steps."""
+        return ()
 
-    def step(self, inputs, product, kept, before, after):
-        arrays = (inputs.all, product and product.all, before and before[0], kept.sigmoids, kept.new)
-        self.kernels["lstm_step"](len(kept.new), self.size, *arrays, *after)
-
-    def advance(self, inputs, kept, before, after):
-        arrays = (before and before[0], kept.sigmoids, kept.new)
-        self.kernels["lstm_advance"](len(kept.new), self.size, *arrays, *after)
-
-    def backward(self, kept, before, after, grads, back):
-        arrays = (before and before[0], kept.sigmoids, kept.new, after[1], *grads)
-        self.kernels["lstm_backward"](len(kept.new), self.size, *arrays, *back.arrays)
+    def back(self, index: int, grad_inputs: tuple, states: tuple, grad_hidden, grad_product) -> torch.Tensor | None:
+        """
+        Writes the gradient of W_h h + b_h, adds that of the inputs, and brings `grad_hidden` to before the step, all
+        but what passes through the product. The hidden state before the step, of no meaning before the first.
+        """
+        raise NotImplementedError
 
 
-class FusedTanhCell(TanhCell):
-    def __init__(self, weight, bias):
-        super().__init__(weight, bias)
-        self.kernels = kernels(weight.dtype)
+class Gru(Steps):
+    """Keeps (reset, update) and, of all steps but the first, W_h h + b_h of the new gate."""
 
-    def step(self, inputs, product, kept, before, after):
-        self.kernels["rnn_step"](len(kept.new), self.size, inputs.all, product and product.all, kept.new)
+    passes_by = 1
 
-    def backward(self, kept, before, after, grads, back):
-        self.kernels["rnn_backward"](len(kept.new), self.size, kept.new, *grads, *back.arrays)
+    @staticmethod
+    def shapes(steps, rows, size):
+        return [(steps, rows, 2 * size), (steps - 1, rows, size)]
+
+    def step(self, index, inputs, product, hidden):
+        sigmoids, recurrent = self.kept
+        arrays = sigmoids[index], recurrent[index - 1] if index else None
+        self.kernels["gru_step"](self.place, *inputs, self.bias, product, hidden, *arrays)
+        return hidden
+
+    def states(self, inputs):
+        sigmoids, recurrent = self.kept
+        new, hidden = (self.workspace(name, len(inputs), *self.place[:2]) for name in ("new", "states"))
+        for index, each in enumerate(inputs):
+            before, after_product = (hidden[index - 1], recurrent[index - 1]) if index else (None, None)
+            arrays = before, sigmoids[index], after_product, new[index], hidden[index]
+            self.kernels["gru_again"](self.place, *each, self.bias, *arrays)
+        return new, hidden
+
+    def back(self, index, grad_inputs, states, grad_hidden, grad_product):
+        (sigmoids, recurrent), (new, hidden) = self.kept, states
+        before, after_product = (hidden[index - 1], recurrent[index - 1]) if index else (None, None)
+        arrays = before, sigmoids[index], after_product, new[index], grad_hidden, grad_product
+        self.kernels["gru_back"](self.place, *grad_inputs, self.bias, *arrays)
+        return before
 
 
-CELLS = {"gru": FusedGruCell, "lstm": FusedLstmCell, "rnn": FusedTanhCell}
+class Lstm(Steps):
+    """Keeps all gates and, of all steps but the last, the cell."""
+
+    @staticmethod
+    def shapes(steps, rows, size):
+        return [(steps, rows, 4 * size), (steps - 1, rows, size)]
+
+    def step(self, index, inputs, product, hidden):
+        gates, cells = self.kept
+        before = cells[index - 1] if index else None
+        after = cells[index] if index < len(cells) else self.workspace("last_cell", *hidden.shape)
+        self.kernels["lstm_step"](self.place, *inputs, self.bias, product, before, gates[index], after, hidden)
+        return hidden
+
+    def states(self, inputs):
+        return self.workspace("hidden", *self.place[:2]), self.workspace("grad_cell", *self.place[:2]).zero_()
+
+    def back(self, index, grad_inputs, states, grad_hidden, grad_product):
+        (gates, cells), (hidden, grad_cell) = self.kept, states
+        arrays = (cells[index - 1], gates[index - 1], hidden) if index else (None, None, None)
+        self.kernels["lstm_back"](self.place, *grad_inputs, gates[index], *arrays, grad_hidden, grad_cell, grad_product)
+        return hidden
+
+
+class Tanh(Steps):
+    """Keeps the hidden states."""
+
+    @staticmethod
+    def shapes(steps, rows, size):
+        return [(steps, rows, size)]
+
+    def step(self, index, inputs, product, hidden):
+        (states,) = self.kept
+        self.kernels["rnn_step"](self.place, *inputs, self.bias, product, states[index])
+        return states[index]
+
+    def back(self, index, grad_inputs, states, grad_hidden, grad_product):
+        (states,) = self.kept
+        self.kernels["rnn_back"](self.place, *grad_inputs, states[index], grad_hidden, grad_product)
+        return states[index - 1]
+
+
+STEPS = {"gru": Gru, "lstm": Lstm, "rnn": Tanh}
+
+
+def shown_inputs(segment_ids: torch.Tensor | None, tile: Tile, window: int, dtype) -> Sequence[torch.Tensor | None]:
+    """For each step `(R)`: 1 where the input is of the window's own sequence, 0 elsewhere; None where all are."""
+    if segment_ids is None:
+        return [None] * window
+    sequences = segment_ids[tile.sequences]
+    neighbours = F.pad(sequences, (window - 1, 0), value=-1)[:, tile.reach(window)]
+    shown = neighbours.unfold(1, tile.shape[0], 1) == sequences[:, None, tile.positions]  # (S, K, T)
+    return [None] * window if shown.all() else shown.transpose(0, 1).to(dtype).reshape(window, -1).contiguous().unbind()
+
+
+class FusedLocalRnn(torch.autograd.Function):
+    """`local_rnn` on a CPU in float32 or float64; `keep` says whether a backward pass may follow."""
+
+    @staticmethod
+    def forward(ctx, projected, weight, bias, zero_input, segment_ids, rnn_type, window, keep):
+        batch, length, size = projected.shape[0], projected.shape[1] - window + 1, weight.shape[1]
+        projected, bias = projected.contiguous(), bias.contiguous()
+        ctx.zero_shape = None if zero_input is None else zero_input.shape
+        zero_input = None if zero_input is None else zero_input.reshape(-1).contiguous()
+        workspace = Workspace(projected)
+        outputs = projected.new_empty(batch, length, size)
+        kept_tiles = []
+        for tile in make_tiles(batch, length, size):
+            rows, (positions, sequences) = tile.rows, tile.shape
+            shapes = STEPS[rnn_type].shapes(window, rows, size)
+            if keep:
+                kept = [projected.new_empty(shape) for shape in shapes]
+                kept_tiles += kept
+            else:  # one step's, again and again
+                kept = [workspace(str(shape), 1, *shape[1:]).expand(shape) for shape in shapes]
+            place = rows, size, positions, projected.stride(0)
+            steps = STEPS[rnn_type](place, bias, kept, workspace)
+            shown = shown_inputs(segment_ids, tile, window, projected.dtype)
+            product, hidden = workspace("product", rows, len(weight)), workspace("hidden", rows, size)
+            for index in range(window):
+                inputs = projected[tile.sequences, tile.positions.start + index :], zero_input, shown[index]
+                if index:
+                    torch.mm(hidden, weight.T, out=product)
+                hidden = steps.step(index, inputs, product if index else None, hidden)
+            outputs[tile.sequences, tile.positions] = hidden.view(sequences, positions, size)
+        ctx.options = rnn_type, window
+        ctx.save_for_backward(projected, weight, bias, zero_input, segment_ids, *kept_tiles)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_outputs):
+        rnn_type, window = ctx.options
+        projected, weight, bias, zero_input, segment_ids, *kept_tiles = ctx.saved_tensors
+        batch, length, size = grad_outputs.shape
+        workspace = Workspace(projected)
+        grad_projected = torch.zeros_like(projected)
+        grad_weight, grad_new_bias = torch.zeros_like(weight), bias.new_zeros(size, dtype=torch.float64)
+        grad_zero_input = torch.zeros_like(bias, dtype=torch.float64)
+        kept_tiles = iter(kept_tiles)
+        for tile in make_tiles(batch, length, size):
+            rows, (positions, sequences) = tile.rows, tile.shape
+            kept = [next(kept_tiles) for _ in STEPS[rnn_type].shapes(window, rows, size)]
+            steps = STEPS[rnn_type]((rows, size, positions, projected.stride(0)), bias, kept, workspace)
+            shown = shown_inputs(segment_ids, tile, window, projected.dtype)
+            starts = range(tile.positions.start, tile.positions.start + window)
+            states = steps.states(
+                [(projected[tile.sequences, start:], zero_input, shown[index]) for index, start in enumerate(starts)]
+            )
+            grad_product = workspace("grad_product", rows, len(weight))
+            grad_masked = None if shown[0] is None else workspace("grad_masked", rows, len(weight)).zero_()
+            grad_hidden = workspace("grad_hidden", rows, size)
+            grad_hidden.view(sequences, positions, size).copy_(grad_outputs[tile.sequences, tile.positions])
+            for index in reversed(range(window)):
+                grad_inputs = grad_projected[tile.sequences, starts[index] :], grad_masked, shown[index]
+                before = steps.back(index, grad_inputs, states, grad_hidden, grad_product)
+                if rnn_type == "gru":
+                    grad_new_bias += grad_product[:, -size:].sum(dim=0)
+                if index:
+                    grad_weight.addmm_(grad_product.T, before)
+                    grad_hidden.addmm_(grad_product, weight, beta=steps.passes_by)
+            if grad_masked is not None:
+                grad_zero_input += grad_masked.sum(dim=0)
+        grad_bias = grad_projected.sum(dim=(0, 1)) + grad_zero_input
+        if rnn_type == "gru":  # b_h of its new gate acts inside a product with the reset gate
+            grad_bias[-size:] = grad_new_bias
+        grad_zero_input = None if zero_input is None else grad_zero_input.to(bias.dtype).view(ctx.zero_shape)
+        return grad_projected, grad_weight, grad_bias.to(bias.dtype), grad_zero_input, None, None, None, None

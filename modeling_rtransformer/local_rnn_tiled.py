@@ -8,7 +8,7 @@ each step's slice to one as large as the whole input. Here a tile of positions g
 stay in the cache and serve the next tile too, time first, so that the inputs of a step are one contiguous slice. Of
 each step the gates alone are kept for the backward pass; the states follow from them without a product.
 
-The readable twin is `local_rnn_plain` in local_rnn.py; local_rnn_fused.py has the cells whose gates are one pass.
+The readable twin is `local_rnn_plain` in local_rnn.py; local_rnn_fused.py has the gates of a step in one pass of C.
 """
 
 # R rows of a tile (T positions of S sequences, time first), D hidden size, G gates, K window
@@ -36,19 +36,17 @@ def tanh_backward_(grad: torch.Tensor, output: torch.Tensor) -> None:
 class Gates(NamedTuple):
     """
     A tensor of gates `(R, G D)` as a cell takes it apart: `sigmoids` side by side `(R, (G - 1) D)`, the gate that is
-    not one, `new` `(R, D)`, and each of the sigmoids alone, `parts`; `all` of them where they lie side by side.
+    not one, `new` `(R, D)`, and each of the sigmoids alone, `parts`.
     """
 
     sigmoids: torch.Tensor
     new: torch.Tensor
     parts: tuple[torch.Tensor, ...]
-    all: torch.Tensor | None = None
 
     @classmethod
     def each_step(cls, gates: torch.Tensor, size: int) -> list["Gates"]:
         """From gates of all steps `(K, R, G D)`."""
-        steps = cls.of_blocks(gates[..., :-size], gates[..., -size:].unbind(), size)
-        return [step._replace(all=whole) for step, whole in zip(steps, gates.unbind())]
+        return cls.of_blocks(gates[..., :-size], gates[..., -size:].unbind(), size)
 
     @classmethod
     def of_blocks(cls, sigmoids: torch.Tensor, new: Sequence[torch.Tensor], size: int) -> list["Gates"]:
@@ -59,36 +57,9 @@ class Gates(NamedTuple):
         return [cls(*step[:2], step[2:]) for step in zip(sigmoids.unbind(), new, *parts)]
 
 
-class Back(NamedTuple):
-    """
-    Where a step back writes: the gradient of `product` = W_h h + b_h, and that of the step's `inputs`, which is added
-    to what later steps have left there, or to `masked` in rows that packing hides, where `same` `(R, 1)` is 0.
-    """
-
-    product: Gates
-    work: torch.Tensor
-    inputs: Gates | None = None
-    masked: Gates | None = None
-    same: torch.Tensor | None = None
-
-    @property
-    def arrays(self) -> tuple[torch.Tensor | None, ...]:
-        return self.product.all, self.inputs.all, self.masked and self.masked.all, self.same
-
-    def add_to_inputs(self, grad_new: torch.Tensor) -> None:
-        """The sigmoids' gradient is that of the product, the new gate's `grad_new`."""
-        if self.same is None:
-            self.inputs.sigmoids.add_(self.product.sigmoids)
-            self.inputs.new.add_(grad_new)
-            return
-        for gates, share in ((self.inputs, self.same), (self.masked, 1 - self.same)):
-            gates.sigmoids.addcmul_(self.product.sigmoids, share)
-            gates.new.addcmul_(grad_new, share)
-
-
 class Cell:
     """
-    One kind of RNN on a tile, every method in place. A `step` is `activate`, which makes what is kept of it from the
+    One kind of RNN on a tile, every method in place. A step is `activate`, which makes what is kept of it from the
     inputs, which have `input_bias` in them, and the product W_h h, which it may overwrite; then `advance`, which makes
     its states, `num_states` times `(R, D)`, from that. Before the first step product and states are None, for zero.
     `order` says which gates of torch.nn's order come first, second, ... here, the one that is no sigmoid last.
@@ -98,7 +69,6 @@ class Cell:
     num_states: int
     num_grads: int  # gradients handed from step to step, the hidden state's first
     hidden_passes_by = False  # some of the hidden state reaches the next step outside the product
-    new_bias_is_gated = False  # b_h of the new gate acts inside a product with another gate, not as W_x x + b_x does
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor):
         self.size = weight.shape[1]
@@ -137,22 +107,17 @@ class Cell:
     def hidden(self, kept: Gates, states: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return states[-1]
 
-    def step(self, inputs: Gates, recurrent: Gates | None, kept: Gates, before, after) -> None:
-        self.activate(inputs, recurrent, kept)
-        self.advance(inputs, kept, before, after)
-
     def activate(self, inputs: Gates, recurrent: Gates | None, kept: Gates) -> None:
         raise NotImplementedError
 
     def advance(self, inputs: Gates, kept: Gates, before, after) -> None:
         raise NotImplementedError
 
-    def backward(self, kept: Gates, before, after, grads, back: Back) -> None:
-        """Writes to `back` and brings `grads` to before the step, all but what passes through the product."""
-        back.add_to_inputs(self.gradients(kept, before, after, grads, back.product, back.work))
-
-    def gradients(self, kept: Gates, before, after, grads, grad_recurrent: Gates, work) -> torch.Tensor:
-        """`backward` without the inputs; the gradient of their new gate is returned."""
+    def backward(self, kept: Gates, before, after, grads, grad_recurrent: Gates, work) -> torch.Tensor:
+        """
+        Writes the gradient of W_h h + b_h and brings `grads` to before the step, all but what passes through the
+        product. The gradient of the inputs' sigmoids is the same; that of their new gate is returned.
+        """
         raise NotImplementedError
 
 
@@ -161,7 +126,6 @@ class GruCell(Cell):
 
     order, num_states, num_grads = (0, 1, 2), 2, 1
     hidden_passes_by = True
-    new_bias_is_gated = True
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor):
         super().__init__(weight, bias)
@@ -190,7 +154,7 @@ class GruCell(Cell):
         else:
             torch.lerp(new, before[-1], update, out=hidden)
 
-    def gradients(self, kept, before, after, grads, grad_recurrent, work):
+    def backward(self, kept, before, after, grads, grad_recurrent, work):
         reset, update = kept.parts
         grad_reset, grad_update = grad_recurrent.parts
         (grad_hidden,), new, grad_new = grads, after[0], work
@@ -229,7 +193,7 @@ class LstmCell(Cell):
         torch.tanh(cell, out=tanh_cell)
         torch.mul(output_gate, tanh_cell, out=hidden)
 
-    def gradients(self, kept, before, after, grads, grad_recurrent, work):
+    def backward(self, kept, before, after, grads, grad_recurrent, work):
         input_gate, forget_gate, output_gate = kept.parts
         grad_input, grad_forget, grad_output = grad_recurrent.parts
         (grad_hidden, grad_cell), tanh_cell = grads, after[1]
@@ -265,7 +229,7 @@ class TanhCell(Cell):
     def advance(self, inputs, kept, before, after):
         pass
 
-    def gradients(self, kept, before, after, grads, grad_recurrent, work):
+    def backward(self, kept, before, after, grads, grad_recurrent, work):
         grad_recurrent.new.copy_(grads[0])
         tanh_backward_(grad_recurrent.new, kept.new)
         return grad_recurrent.new
@@ -350,29 +314,26 @@ class TileInputs:
         for there, here in cell.columns():
             torch.add(source[..., there], cell.input_bias[here], out=inputs[..., here])
         steps = step_slices(inputs.view(-1, width), tile.rows, sequences)
-        self.same = None  # (K, R, 1), 1 where a step's input is of the window's own sequence, 0 elsewhere
+        self.same = None  # (K, R, 1), whether a step's input is of the window's own sequence
         if segment_ids is not None:
             before = segment_ids.new_full((sequences, window - 1), -1)
             neighbours = torch.cat([before, segment_ids[tile.sequences]], dim=1)[:, reach]
             windows = neighbours.unfold(1, length, 1)  # (S, K, T)
             same = windows == segment_ids[tile.sequences, None, tile.positions]
             if not same.all():
-                same = same.permute(1, 2, 0).reshape(window, -1, 1).contiguous()
+                self.same = same.permute(1, 2, 0).reshape(window, -1, 1)
                 zero_input = cell.reorder(zero_input.reshape(-1)) + cell.input_bias
-                steps = torch.where(same, steps, zero_input).contiguous()
-                self.same = same.to(projected.dtype)
+                steps = torch.where(self.same, steps, zero_input)
         self.steps = Gates.each_step(steps, cell.size)
 
 
 class TiledLocalRnn(torch.autograd.Function):
-    """
-    `local_rnn` on a CPU in float32 or float64, by a kind of [`Cell`]; `keep` says whether a backward pass may follow.
-    """
+    """`local_rnn` on a CPU in float32 or float64; `keep` says whether a backward pass may follow."""
 
     @staticmethod
-    def forward(ctx, projected, weight, bias, zero_input, segment_ids, cell_type, window, keep):
+    def forward(ctx, projected, weight, bias, zero_input, segment_ids, rnn_type, window, keep):
         batch, length, size = projected.shape[0], projected.shape[1] - window + 1, weight.shape[1]
-        cell = cell_type(weight, bias)
+        cell = CELLS[rnn_type](weight, bias)
         workspace = Workspace(projected)
         outputs = projected.new_empty(batch, length, size)
         kept_tiles = []
@@ -391,26 +352,26 @@ class TiledLocalRnn(torch.autograd.Function):
                 now, after = kept[step if keep or step == 0 else 2 - step % 2], states[step % 2]
                 if step:
                     torch.mm(hidden, cell.weight.T, out=product)
-                cell.step(inputs.steps[step], recurrent if step else None, now, before, after)
+                cell.activate(inputs.steps[step], recurrent if step else None, now)
+                cell.advance(inputs.steps[step], now, before, after)
                 before, hidden = after, cell.hidden(now, after)
             outputs[tile.sequences, tile.positions] = hidden.view(*tile.shape, size).transpose(0, 1)
-        ctx.options = cell_type, window
+        ctx.options = rnn_type, window
         ctx.save_for_backward(projected, weight, bias, zero_input, segment_ids, *kept_tiles)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_outputs):
-        cell_type, window = ctx.options
+        rnn_type, window = ctx.options
         projected, weight, bias, zero_input, segment_ids, *kept_tiles = ctx.saved_tensors
         batch, length, size = grad_outputs.shape
-        cell = cell_type(weight, bias)
+        cell = CELLS[rnn_type](weight, bias)
         workspace = Workspace(projected)
         grad_projected = torch.empty_like(projected)
         grad_weight = torch.zeros_like(weight)
-        # One sum for each tile is added to these: in float64, or the order of the tiles would show.
+        # One sum for each tile and step is added to these: in float64, or the order of the tiles would show.
         grad_bias, grad_zero_input = (torch.zeros_like(bias, dtype=torch.float64) for _ in range(2))
-        grad_new_bias = torch.zeros_like(grad_bias[:size])
         for tile, kept in zip(make_tiles(batch, length, size), kept_tiles):
             inputs = TileInputs(workspace, tile, window, cell, projected, segment_ids, zero_input)
             kept = cell.kept(kept, window, tile.rows)
@@ -421,30 +382,26 @@ class TiledLocalRnn(torch.autograd.Function):
             grad_inputs = workspace("grad_inputs", (tile.shape[0] + window - 1) * tile.shape[1], len(bias)).zero_()
             grad_steps = Gates.each_step(step_slices(grad_inputs, tile.rows, tile.shape[1]), size)
             grad_recurrent = workspace("grad_recurrent", tile.rows, len(bias))
-            (product,) = Gates.each_step(grad_recurrent[None], size)
-            back = Back(product, workspace("work", tile.rows, size))
-            if inputs.same is not None:
-                grad_masked = workspace("grad_masked", tile.rows, len(bias)).zero_()
-                back = back._replace(masked=Gates.each_step(grad_masked[None], size)[0])
+            (grad_gates,) = Gates.each_step(grad_recurrent[None], size)
+            work = workspace("work", tile.rows, size)
             grads = workspace("grads", cell.num_grads, tile.rows, size).zero_().unbind()
             grads[0].view(*tile.shape, size).copy_(grad_outputs[tile.sequences, tile.positions].transpose(0, 1))
             for step in reversed(range(window)):
                 before = states[step - 1] if step else None
-                same = None if inputs.same is None else inputs.same[step]
-                back = back._replace(inputs=grad_steps[step], same=same)
-                cell.backward(kept[step], before, states[step], grads, back)
-                if cell.new_bias_is_gated:
-                    grad_new_bias += back.product.new.sum(dim=0)
+                grad_new = cell.backward(kept[step], before, states[step], grads, grad_gates, work)
+                grad_bias += grad_recurrent.sum(dim=0)
                 if step:
                     grad_weight.addmm_(grad_recurrent.T, cell.hidden(kept[step - 1], before))
                     grads[0].addmm_(grad_recurrent, cell.weight, beta=int(cell.hidden_passes_by))
-            grad_bias += grad_inputs.sum(dim=0)
-            if inputs.same is not None:
-                grad_zero_input += grad_masked.sum(dim=0)
+                if inputs.same is not None:
+                    same = inputs.same[step]
+                    grad_zero_input[:-size] += grad_gates.sigmoids.masked_fill(same, 0).sum(dim=0)
+                    grad_zero_input[-size:] += grad_new.masked_fill(same, 0).sum(dim=0)
+                    grad_gates.sigmoids.mul_(same)
+                    grad_new.mul_(same)
+                grad_steps[step].sigmoids.add_(grad_gates.sigmoids)
+                grad_steps[step].new.add_(grad_new)
             tile.add_to(grad_projected, grad_inputs, window, cell.columns())
-        grad_bias += grad_zero_input
-        if cell.new_bias_is_gated:
-            grad_bias[-size:] = grad_new_bias
         grad_weight, grad_bias, grad_zero_input = (
             cell.reorder(grad.to(weight.dtype), inverse=True) for grad in (grad_weight, grad_bias, grad_zero_input)
         )
