@@ -83,16 +83,18 @@ static inline real sigmoid(real x) { return 1 / (1 + exponential(-x)); }
 #define PLACE count rows, count size, count positions, count stride
 #define INLINE static inline __attribute__((always_inline))
 
-/* `first`, a constant where these are called, is the step from a zero state: no product and no state before it. */
-INLINE void gru_row(count size, const real *x, const real *p, const real *bias, real *h, real *s, real *r, int first) {
+/* Constants where these are called: `first` for the step from a zero state, with no product and no state before it, and
+   `keep` where a backward pass may follow. */
+INLINE void gru_row(count size, const real *x, const real *p, const real *bias, real *h, real *s, real *r, int first,
+                    int keep) {
     EACH {
         real reset = sigmoid(x[d] + bias[d] + (first ? 0 : p[d]));
         real update = sigmoid(x[size + d] + bias[size + d] + (first ? 0 : p[size + d]));
         real recurrent = bias[2 * size + d] + (first ? 0 : p[2 * size + d]);
         real new = tangent(x[2 * size + d] + reset * recurrent);
-        s[d] = reset;
-        s[size + d] = update;
-        if (!first) r[d] = recurrent;
+        if (keep) s[d] = reset;
+        if (keep) s[size + d] = update;
+        if (keep && !first) r[d] = recurrent;
         h[d] = new + update * ((first ? 0 : h[d]) - new);
     }
 }
@@ -102,8 +104,10 @@ void gru_step(PLACE, const real *inputs, const real *zero, const real *same, con
     EACH_ROW {
         const real *x = SHOWN ? INPUT(inputs, 3 * size) : zero, *p = ROW(product, 3 * size);
         real *h = ROW(hidden, size), *s = ROW(sigmoids, 2 * size), *r = ROW(recurrent, size);
-        if (product) gru_row(size, x, p, bias, h, s, r, 0);
-        else gru_row(size, x, p, bias, h, s, r, 1);
+        if (product && sigmoids) gru_row(size, x, p, bias, h, s, r, 0, 1);
+        else if (product) gru_row(size, x, p, bias, h, s, r, 0, 0);
+        else if (sigmoids) gru_row(size, x, p, bias, h, s, r, 1, 1);
+        else gru_row(size, x, p, bias, h, s, r, 1, 0);
     }
 }
 
@@ -159,17 +163,17 @@ void gru_back(PLACE, real *grad_inputs, real *grad_masked, const real *same, con
 
 /* The gates are input, forget, cell, output. */
 INLINE void lstm_row(count size, const real *x, const real *p, const real *bias, const real *b, real *s, real *c,
-                     real *h, int first) {
+                     real *h, int first, int keep) {
     EACH {
         real input = sigmoid(x[d] + bias[d] + (first ? 0 : p[d]));
         real forget = sigmoid(x[size + d] + bias[size + d] + (first ? 0 : p[size + d]));
         real new = tangent(x[2 * size + d] + bias[2 * size + d] + (first ? 0 : p[2 * size + d]));
         real output = sigmoid(x[3 * size + d] + bias[3 * size + d] + (first ? 0 : p[3 * size + d]));
         real cell = input * new + (first ? 0 : forget * b[d]);
-        s[d] = input;
-        s[size + d] = forget;
-        s[2 * size + d] = new;
-        s[3 * size + d] = output;
+        if (keep) s[d] = input;
+        if (keep) s[size + d] = forget;
+        if (keep) s[2 * size + d] = new;
+        if (keep) s[3 * size + d] = output;
         c[d] = cell;
         h[d] = output * tangent(cell);
     }
@@ -180,8 +184,10 @@ void lstm_step(PLACE, const real *inputs, const real *zero, const real *same, co
     EACH_ROW {
         const real *x = SHOWN ? INPUT(inputs, 4 * size) : zero, *p = ROW(product, 4 * size), *b = ROW(before, size);
         real *s = ROW(gates, 4 * size), *c = ROW(cell, size), *h = ROW(hidden, size);
-        if (product) lstm_row(size, x, p, bias, b, s, c, h, 0);
-        else lstm_row(size, x, p, bias, b, s, c, h, 1);
+        if (product && gates) lstm_row(size, x, p, bias, b, s, c, h, 0, 1);
+        else if (product) lstm_row(size, x, p, bias, b, s, c, h, 0, 0);
+        else if (gates) lstm_row(size, x, p, bias, b, s, c, h, 1, 1);
+        else lstm_row(size, x, p, bias, b, s, c, h, 1, 0);
     }
 }
 
@@ -279,12 +285,14 @@ def kernels(dtype: torch.dtype) -> dict[str, Callable[..., None]]:
 class Steps:
     """
     The steps of one tile by the kernels of one kind of RNN. `kept` are the arrays that serve the backward pass, as
-    `shapes` says; `place` is (R, D, T, the stride of the inputs).
+    `shapes` says, or None where there will be none; `place` is (R, D, T, the stride of the inputs).
     """
 
     passes_by = 0  # 1 if some of the hidden state reaches the next step outside the product
 
-    def __init__(self, place: tuple[int, int, int, int], bias: torch.Tensor, kept: Sequence[torch.Tensor], workspace):
+    def __init__(
+        self, place: tuple[int, int, int, int], bias: torch.Tensor, kept: Sequence[torch.Tensor] | None, workspace
+    ):
         self.place, self.bias, self.kept, self.workspace = place, bias, kept, workspace
         self.kernels = kernels(bias.dtype)
 
@@ -318,8 +326,10 @@ class Gru(Steps):
         return [(steps, rows, 2 * size), (steps - 1, rows, size)]
 
     def step(self, index, inputs, product, hidden):
-        sigmoids, recurrent = self.kept
-        arrays = sigmoids[index], recurrent[index - 1] if index else None
+        arrays = None, None
+        if self.kept:
+            sigmoids, recurrent = self.kept
+            arrays = sigmoids[index], recurrent[index - 1] if index else None
         self.kernels["gru_step"](self.place, *inputs, self.bias, product, hidden, *arrays)
         return hidden
 
@@ -348,10 +358,11 @@ class Lstm(Steps):
         return [(steps, rows, 4 * size), (steps - 1, rows, size)]
 
     def step(self, index, inputs, product, hidden):
-        gates, cells = self.kept
-        before = cells[index - 1] if index else None
-        after = cells[index] if index < len(cells) else self.workspace("last_cell", *hidden.shape)
-        self.kernels["lstm_step"](self.place, *inputs, self.bias, product, before, gates[index], after, hidden)
+        gates, before, after = None, self.workspace("cell", *hidden.shape), self.workspace("cell", *hidden.shape)
+        if self.kept:
+            gates, cells = self.kept[0][index], self.kept[1]
+            before, after = cells[index - 1] if index else None, cells[index] if index < len(cells) else after
+        self.kernels["lstm_step"](self.place, *inputs, self.bias, product, before, gates, after, hidden)
         return hidden
 
     def states(self, inputs):
@@ -372,9 +383,9 @@ class Tanh(Steps):
         return [(steps, rows, size)]
 
     def step(self, index, inputs, product, hidden):
-        (states,) = self.kept
-        self.kernels["rnn_step"](self.place, *inputs, self.bias, product, states[index])
-        return states[index]
+        after = self.kept[0][index] if self.kept else hidden
+        self.kernels["rnn_step"](self.place, *inputs, self.bias, product, after)
+        return after
 
     def back(self, index, grad_inputs, states, grad_hidden, grad_product):
         (states,) = self.kept
@@ -409,12 +420,10 @@ class FusedLocalRnn(torch.autograd.Function):
         kept_tiles = []
         for tile in make_tiles(batch, length, size):
             rows, (positions, sequences) = tile.rows, tile.shape
-            shapes = STEPS[rnn_type].shapes(window, rows, size)
+            kept = None
             if keep:
-                kept = [projected.new_empty(shape) for shape in shapes]
+                kept = [projected.new_empty(shape) for shape in STEPS[rnn_type].shapes(window, rows, size)]
                 kept_tiles += kept
-            else:  # one step's, again and again
-                kept = [workspace(str(shape), 1, *shape[1:]).expand(shape) for shape in shapes]
             place = rows, size, positions, projected.stride(0)
             steps = STEPS[rnn_type](place, bias, kept, workspace)
             shown = shown_inputs(segment_ids, tile, window, projected.dtype)
