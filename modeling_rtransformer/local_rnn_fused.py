@@ -415,6 +415,7 @@ class FusedLocalRnn(torch.autograd.Function):
         projected, bias = projected.contiguous(), bias.contiguous()
         ctx.zero_shape = None if zero_input is None else zero_input.shape
         zero_input = None if zero_input is None else zero_input.reshape(-1).contiguous()
+        weight_columns = weight.T.contiguous()  # (D, G D): its products are faster than those of the transposed view
         workspace = Workspace(projected)
         outputs = projected.new_empty(batch, length, size)
         kept_tiles = []
@@ -431,7 +432,7 @@ class FusedLocalRnn(torch.autograd.Function):
             for index in range(window):
                 inputs = projected[tile.sequences, tile.positions.start + index :], zero_input, shown[index]
                 if index:
-                    torch.mm(hidden, weight.T, out=product)
+                    torch.mm(hidden, weight_columns, out=product)
                 hidden = steps.step(index, inputs, product if index else None, hidden)
             outputs[tile.sequences, tile.positions] = hidden.view(sequences, positions, size)
         ctx.options = rnn_type, window
@@ -446,7 +447,8 @@ class FusedLocalRnn(torch.autograd.Function):
         batch, length, size = grad_outputs.shape
         workspace = Workspace(projected)
         grad_projected = torch.zeros_like(projected)
-        grad_weight, grad_new_bias = torch.zeros_like(weight), bias.new_zeros(size, dtype=torch.float64)
+        grad_weight = weight.new_zeros(size, len(weight))  # its transpose: faster for the same reason
+        grad_new_bias = bias.new_zeros(size, dtype=torch.float64)
         grad_zero_input = torch.zeros_like(bias, dtype=torch.float64)
         kept_tiles = iter(kept_tiles)
         for tile in make_tiles(batch, length, size):
@@ -468,7 +470,7 @@ class FusedLocalRnn(torch.autograd.Function):
                 if rnn_type == "gru":
                     grad_new_bias += grad_product[:, -size:].sum(dim=0)
                 if index:
-                    grad_weight.addmm_(grad_product.T, before)
+                    grad_weight.addmm_(before.T, grad_product)
                     grad_hidden.addmm_(grad_product, weight, beta=steps.passes_by)
             if grad_masked is not None:
                 grad_zero_input += grad_masked.sum(dim=0)
@@ -476,4 +478,4 @@ class FusedLocalRnn(torch.autograd.Function):
         if rnn_type == "gru":  # b_h of its new gate acts inside a product with the reset gate
             grad_bias[-size:] = grad_new_bias
         grad_zero_input = None if zero_input is None else grad_zero_input.to(bias.dtype).view(ctx.zero_shape)
-        return grad_projected, grad_weight, grad_bias.to(bias.dtype), grad_zero_input, None, None, None, None
+        return grad_projected, grad_weight.T, grad_bias.to(bias.dtype), grad_zero_input, None, None, None, None
