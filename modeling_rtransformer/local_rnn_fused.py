@@ -290,9 +290,7 @@ class Steps:
 
     passes_by = 0  # 1 if some of the hidden state reaches the next step outside the product
 
-    def __init__(
-        self, place: tuple[int, int, int, int], bias: torch.Tensor, kept: Sequence[torch.Tensor] | None, workspace
-    ):
+    def __init__(self, place: tuple[int, int, int, int], bias: torch.Tensor, kept: list | None, workspace: Workspace):
         self.place, self.bias, self.kept, self.workspace = place, bias, kept, workspace
         self.kernels = kernels(bias.dtype)
 
@@ -358,11 +356,13 @@ class Lstm(Steps):
         return [(steps, rows, 4 * size), (steps - 1, rows, size)]
 
     def step(self, index, inputs, product, hidden):
-        gates, before, after = None, self.workspace("cell", *hidden.shape), self.workspace("cell", *hidden.shape)
+        one_cell = self.workspace("cell", *hidden.shape)
+        arrays = one_cell, None, one_cell
         if self.kept:
-            gates, cells = self.kept[0][index], self.kept[1]
-            before, after = cells[index - 1] if index else None, cells[index] if index < len(cells) else after
-        self.kernels["lstm_step"](self.place, *inputs, self.bias, product, before, gates, after, hidden)
+            gates, cells = self.kept
+            before, after = cells[index - 1] if index else None, cells[index] if index < len(cells) else one_cell
+            arrays = before, gates[index], after
+        self.kernels["lstm_step"](self.place, *inputs, self.bias, product, *arrays, hidden)
         return hidden
 
     def states(self, inputs):
