@@ -144,7 +144,7 @@ def can_fuse() -> bool:
     try:
         kernels(torch.float32)
     except NoCompiler as error:
-        logger.info(f"LocalRNN runs in tiles without fused gates: {error}")
+        logger.warning(f"LocalRNN runs without its kernels in C, slower: {error}")
         return False
     return True
 
