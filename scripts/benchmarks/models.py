@@ -1,5 +1,6 @@
 """Whole models: a decoded token beside a Llama, and a training step beside the authors' computation."""
 
+import tempfile
 from functools import partial
 
 import torch
@@ -76,8 +77,8 @@ def build_training_step(device, small):
         if authors:
             model.set_attn_implementation("eager")
             unfold_local_rnns(model)
-        arguments = TrainingArguments(report_to="none", use_cpu=device.type == "cpu", max_steps=1, learning_rate=1e-4)
-        trainer = Trainer(model, arguments)
+        settings = {"use_cpu": device.type == "cpu", "max_steps": 1, "learning_rate": 1e-4, "report_to": "none"}
+        trainer = Trainer(model, TrainingArguments(tempfile.gettempdir(), **settings))  # which writes nothing
         trainer.create_optimizer()
         ids = torch.randint(50, (batch, length), device=device)
         functions.append(partial(train_one, trainer, {"input_ids": ids, "labels": ids}))
