@@ -70,10 +70,9 @@ def load(source: str, *defines: str) -> ctypes.CDLL:
     folder = cache_folder()
     with contextlib.suppress(OSError):  # whether there is one to write to is asked below
         folder.mkdir(parents=True, exist_ok=True)
-    if not folder.is_dir() or not os.access(folder, os.W_OK) and not (folder / name).exists():
-        with tempfile.TemporaryDirectory() as own:  # for this process alone
-            make(source, flags, Path(own) / name)
-            return open_library(Path(own) / name)
-    if not (folder / name).exists():
-        make(source, flags, folder / name)
-    return open_library(folder / name)
+    with contextlib.ExitStack() as own:
+        if not folder.is_dir() or not os.access(folder, os.W_OK) and not (folder / name).exists():
+            folder = Path(own.enter_context(tempfile.TemporaryDirectory()))  # for this process alone
+        if not (folder / name).exists():
+            make(source, flags, folder / name)
+        return open_library(folder / name)

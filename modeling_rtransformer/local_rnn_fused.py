@@ -15,10 +15,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from .compiled_c import load
-from .local_rnn_tiled import Tile, Workspace, make_tiles
+from .local_rnn_tiled import Tile, Workspace, in_own_segment, make_tiles
 
 
 # exp is a power of 2, by the bits of the exponent, times a polynomial on [-ln 2 / 2, ln 2 / 2]; the coefficients are
@@ -289,6 +288,7 @@ class Steps:
     """
 
     passes_by = 0  # 1 if some of the hidden state reaches the next step outside the product
+    new_bias_is_gated = False  # whether b_h of the new gate acts inside a product with another gate
 
     def __init__(self, place: tuple[int, int, int, int], bias: torch.Tensor, kept: list | None, workspace: Workspace):
         self.place, self.bias, self.kept, self.workspace = place, bias, kept, workspace
@@ -318,6 +318,7 @@ class Gru(Steps):
     """Keeps (reset, update) and, of all steps but the first, W_h h + b_h of the new gate."""
 
     passes_by = 1
+    new_bias_is_gated = True
 
     @staticmethod
     def shapes(steps, rows, size):
@@ -397,13 +398,9 @@ STEPS = {"gru": Gru, "lstm": Lstm, "rnn": Tanh}
 
 
 def shown_inputs(segment_ids: torch.Tensor | None, tile: Tile, window: int, dtype) -> Sequence[torch.Tensor | None]:
-    """For each step `(R)`: 1 where the input is of the window's own sequence, 0 elsewhere; None where all are."""
-    if segment_ids is None:
-        return [None] * window
-    sequences = segment_ids[tile.sequences]
-    neighbours = F.pad(sequences, (window - 1, 0), value=-1)[:, tile.reach(window)]
-    shown = neighbours.unfold(1, tile.shape[0], 1) == sequences[:, None, tile.positions]  # (S, K, T)
-    return [None] * window if shown.all() else shown.transpose(0, 1).to(dtype).reshape(window, -1).contiguous().unbind()
+    """`in_own_segment` as the kernels read it, `(R)` of 1 and 0 for each step."""
+    same = in_own_segment(segment_ids, tile, window)
+    return [None] * window if same is None else same.transpose(0, 1).to(dtype).reshape(window, -1).contiguous().unbind()
 
 
 class FusedLocalRnn(torch.autograd.Function):
@@ -411,6 +408,7 @@ class FusedLocalRnn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, projected, weight, bias, zero_input, segment_ids, rnn_type, window, keep):
+        kind = STEPS[rnn_type]
         batch, length, size = projected.shape[0], projected.shape[1] - window + 1, weight.shape[1]
         projected, bias = projected.contiguous(), bias.contiguous()
         ctx.zero_shape = None if zero_input is None else zero_input.shape
@@ -423,10 +421,9 @@ class FusedLocalRnn(torch.autograd.Function):
             rows, (positions, sequences) = tile.rows, tile.shape
             kept = None
             if keep:
-                kept = [projected.new_empty(shape) for shape in STEPS[rnn_type].shapes(window, rows, size)]
+                kept = [projected.new_empty(shape) for shape in kind.shapes(window, rows, size)]
                 kept_tiles += kept
-            place = rows, size, positions, projected.stride(0)
-            steps = STEPS[rnn_type](place, bias, kept, workspace)
+            steps = kind((rows, size, positions, projected.stride(0)), bias, kept, workspace)
             shown = shown_inputs(segment_ids, tile, window, projected.dtype)
             product, hidden = workspace("product", rows, len(weight)), workspace("hidden", rows, size)
             for index in range(window):
@@ -435,14 +432,14 @@ class FusedLocalRnn(torch.autograd.Function):
                     torch.mm(hidden, weight_columns, out=product)
                 hidden = steps.step(index, inputs, product if index else None, hidden)
             outputs[tile.sequences, tile.positions] = hidden.view(sequences, positions, size)
-        ctx.options = rnn_type, window
+        ctx.options = kind, window
         ctx.save_for_backward(projected, weight, bias, zero_input, segment_ids, *kept_tiles)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_outputs):
-        rnn_type, window = ctx.options
+        kind, window = ctx.options
         projected, weight, bias, zero_input, segment_ids, *kept_tiles = ctx.saved_tensors
         batch, length, size = grad_outputs.shape
         workspace = Workspace(projected)
@@ -453,8 +450,8 @@ class FusedLocalRnn(torch.autograd.Function):
         kept_tiles = iter(kept_tiles)
         for tile in make_tiles(batch, length, size):
             rows, (positions, sequences) = tile.rows, tile.shape
-            kept = [next(kept_tiles) for _ in STEPS[rnn_type].shapes(window, rows, size)]
-            steps = STEPS[rnn_type]((rows, size, positions, projected.stride(0)), bias, kept, workspace)
+            kept = [next(kept_tiles) for _ in kind.shapes(window, rows, size)]
+            steps = kind((rows, size, positions, projected.stride(0)), bias, kept, workspace)
             shown = shown_inputs(segment_ids, tile, window, projected.dtype)
             starts = range(tile.positions.start, tile.positions.start + window)
             states = steps.states(
@@ -467,7 +464,7 @@ class FusedLocalRnn(torch.autograd.Function):
             for index in reversed(range(window)):
                 grad_inputs = grad_projected[tile.sequences, starts[index] :], grad_masked, shown[index]
                 before = steps.back(index, grad_inputs, states, grad_hidden, grad_product)
-                if rnn_type == "gru":
+                if kind.new_bias_is_gated:
                     grad_new_bias += grad_product[:, -size:].sum(dim=0)
                 if index:
                     grad_weight.addmm_(before.T, grad_product)
@@ -475,7 +472,7 @@ class FusedLocalRnn(torch.autograd.Function):
             if grad_masked is not None:
                 grad_zero_input += grad_masked.sum(dim=0)
         grad_bias = grad_projected.sum(dim=(0, 1)) + grad_zero_input
-        if rnn_type == "gru":  # b_h of its new gate acts inside a product with the reset gate
+        if kind.new_bias_is_gated:
             grad_bias[-size:] = grad_new_bias
         grad_zero_input = None if zero_input is None else grad_zero_input.to(bias.dtype).view(ctx.zero_shape)
         return grad_projected, grad_weight.T, grad_bias.to(bias.dtype), grad_zero_input, None, None, None, None

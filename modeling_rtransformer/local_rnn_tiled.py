@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 
 # Rows a tile: so many elements in a buffer of width D, which caches hold, and rows enough for the products to run well.
@@ -302,6 +303,16 @@ def step_slices(buffer: torch.Tensor, rows: int, sequences: int) -> torch.Tensor
     return buffer.unfold(0, rows, sequences).transpose(1, 2)
 
 
+def in_own_segment(segment_ids: torch.Tensor | None, tile: Tile, window: int) -> torch.Tensor | None:
+    """`(S, K, T)`, whether the k-th input of a position's window is of its own segment; None where all are."""
+    if segment_ids is None:
+        return None
+    segments = segment_ids[tile.sequences]
+    neighbours = F.pad(segments, (window - 1, 0), value=-1)[:, tile.reach(window)]
+    same = neighbours.unfold(1, tile.shape[0], 1) == segments[:, None, tile.positions]
+    return None if same.all() else same
+
+
 class TileInputs:
     """What a tile's steps read: the projected inputs with the cell's bias, time first, and what packing hides."""
 
@@ -315,15 +326,11 @@ class TileInputs:
             torch.add(source[..., there], cell.input_bias[here], out=inputs[..., here])
         steps = step_slices(inputs.view(-1, width), tile.rows, sequences)
         self.same = None  # (K, R, 1), whether a step's input is of the window's own sequence
-        if segment_ids is not None:
-            before = segment_ids.new_full((sequences, window - 1), -1)
-            neighbours = torch.cat([before, segment_ids[tile.sequences]], dim=1)[:, reach]
-            windows = neighbours.unfold(1, length, 1)  # (S, K, T)
-            same = windows == segment_ids[tile.sequences, None, tile.positions]
-            if not same.all():
-                self.same = same.permute(1, 2, 0).reshape(window, -1, 1)
-                zero_input = cell.reorder(zero_input.reshape(-1)) + cell.input_bias
-                steps = torch.where(self.same, steps, zero_input)
+        same = in_own_segment(segment_ids, tile, window)
+        if same is not None:
+            self.same = same.permute(1, 2, 0).reshape(window, -1, 1)
+            zero_input = cell.reorder(zero_input.reshape(-1)) + cell.input_bias
+            steps = torch.where(self.same, steps, zero_input)
         self.steps = Gates.each_step(steps, cell.size)
 
 

@@ -16,16 +16,20 @@ needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no 
 TINY = "double twice(double x) { return 2 * x; }"
 
 
+def forget():
+    """As in the next process."""
+    for function in (compiled_c.load, local_rnn_fused.kernels, local_rnn.can_fuse):
+        function.cache_clear()
+
+
 @pytest.fixture
 def fresh(tmp_path, monkeypatch):
     """Nothing compiled yet, and an empty cache."""
-    for function in (compiled_c.load, local_rnn_fused.kernels, local_rnn.can_fuse):
-        function.cache_clear()
+    forget()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
     yield tmp_path / "rtransformer"
-    for function in (compiled_c.load, local_rnn_fused.kernels, local_rnn.can_fuse):
-        function.cache_clear()
+    forget()
 
 
 def fused(rnn_type, hidden=6, window=4):
@@ -78,7 +82,7 @@ def test_the_number_of_threads_changes_nothing(rnn_type):
 def test_a_library_is_made_once_and_kept(fresh, monkeypatch):
     assert compiled_c.load(TINY) is compiled_c.load(TINY)
     (kept,) = fresh.iterdir()
-    compiled_c.load.cache_clear()  # as in the next process
+    forget()
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it was compiled again"))
     compiled_c.load(TINY)
     assert list(fresh.iterdir()) == [kept]
