@@ -150,7 +150,7 @@ def can_fuse() -> bool:
 
 
 def local_rnn_fused(projected, weight, bias, zero_input, segment_ids, rnn_type, window):
-    """`local_rnn_tiled` with the gates of a step in one pass, in C that is compiled and imported only here."""
+    """`local_rnn_tiled` in C, block by block, that is compiled and imported only here."""
     from .local_rnn_fused import FusedLocalRnn
 
     keep = needs_grad(projected, weight, bias, zero_input)
@@ -170,9 +170,11 @@ def local_rnn_triton(projected, weight, bias, zero_input, segment_ids, rnn_type,
     return TritonLocalRnn.apply(projected, weight, bias, zero_input, segment_ids, rnn_type, window, keep)
 
 
-# Elements of the projected input from which each is faster than plain operations, with gradients, on two cores.
-FUSED_FROM = 2**16
-TILED_FROM = 2**18
+# Where each is faster than plain operations, with gradients, on two cores. C lays the weights out anew in each call:
+# so many positions pay for that, or it is little, up to so many elements of W_h.
+FUSED_POSITIONS = 16
+FUSED_WEIGHTS = 2**18
+TILED_FROM = 2**18  # elements of the projected input
 
 # Inputs of one window from which, on a CPU, torch's RNN over them is faster than as many plain steps: its LSTM lays the
 # weights out anew in each call.
@@ -192,12 +194,14 @@ def needs_plain(inputs: torch.Tensor, weight: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or not plain_tensors
 
 
-def best_implementation(projected: torch.Tensor, weight: torch.Tensor) -> str:
+def best_implementation(projected: torch.Tensor, weight: torch.Tensor, window: int) -> str:
     """The name of the fastest implementation for these tensors."""
     if needs_plain(projected, weight):
         return "plain"
     if projected.device.type == "cpu":
-        if projected.dtype == torch.float32 and projected.numel() >= FUSED_FROM and can_fuse():
+        positions = projected.shape[0] * (projected.shape[1] - window + 1)
+        pays = positions >= FUSED_POSITIONS or weight.numel() <= FUSED_WEIGHTS
+        if projected.dtype == torch.float32 and pays and can_fuse():
             return "fused"
         in_tiles = projected.dtype in (torch.float32, torch.float64) and projected.numel() >= TILED_FROM
         return "tiled" if in_tiles else "plain"
@@ -229,8 +233,8 @@ def local_rnn(
         zero_input (`(G D)`):
             what stands for inputs of other segments, needed with `segment_ids`: the projection of a zero input, or
             [`resting_input`].
-        implementation: `"plain"`, `"tiled"` (CPU, float32 and float64, differentiable once), `"fused"` (the same with
-            gates in C; an `ImportError` without a C compiler), `"triton"` (CUDA, float32, bfloat16 and float16,
+        implementation: `"plain"`, `"tiled"` (CPU, float32 and float64, differentiable once), `"fused"` (the same in C;
+            an `ImportError` without a C compiler), `"triton"` (CUDA, float32, bfloat16 and float16,
             differentiable once; an `ImportError` without Triton) or `"auto"`.
 
     Returns:
@@ -241,7 +245,7 @@ def local_rnn(
     if window == 1:  # W_h has no effect, but a gradient of zero, which data-parallel training waits for
         recurrent_bias = F.linear(torch.zeros_like(recurrent_weight[0]), recurrent_weight, recurrent_bias)
     if implementation == "auto":
-        implementation = best_implementation(projected, recurrent_weight)
+        implementation = best_implementation(projected, recurrent_weight, window)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"`implementation` is {implementation!r}, not 'auto' or one of {', '.join(IMPLEMENTATIONS)}")
     return IMPLEMENTATIONS[implementation](

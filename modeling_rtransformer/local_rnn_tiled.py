@@ -8,7 +8,7 @@ each step's slice to one as large as the whole input. Here a tile of positions g
 stay in the cache and serve the next tile too, time first, so that the inputs of a step are one contiguous slice. Of
 each step the gates alone are kept for the backward pass; the states follow from them without a product.
 
-The readable twin is `local_rnn_plain` in local_rnn.py; local_rnn_fused.py has the gates of a step in one pass of C.
+The readable twin is `local_rnn_plain` in local_rnn.py; local_rnn_fused.py is the same in C.
 """
 
 # R rows of a tile (T positions of S sequences, time first), D hidden size, G gates, K window

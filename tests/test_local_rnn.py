@@ -204,18 +204,21 @@ def test_the_tiled_form_takes_nothing_but_the_gates_of_each_step(rnn_type):
     assert kept <= projected.numel() + parameters + 2 * 100 * (5 * gates - 8 * (rnn_type == "gru"))
 
 
-def test_large_inputs_on_a_cpu_are_tiled_and_whatever_needs_plain_operations_gets_them(monkeypatch):
+def test_a_cpu_runs_c_or_tiles_where_they_pay_and_whatever_needs_plain_operations_gets_them(monkeypatch):
     large, small = torch.randn(4, 720, 96), torch.randn(4, 20, 96)
     weight = nn.Parameter(torch.randn(96, 32))
+    step, many_steps, wide = torch.randn(1, 7, 1536), torch.randn(16, 7, 1536), torch.randn(1536, 512)
     monkeypatch.setattr(local_rnn, "can_fuse", lambda: True)
-    assert best_implementation(large, weight) == "fused"
-    assert best_implementation(large.double(), weight.double()) == "tiled"
-    assert best_implementation(small, weight) == "plain"
+    assert best_implementation(large, weight, 7) == best_implementation(small, weight, 7) == "fused"
+    assert best_implementation(many_steps, wide, 7) == "fused"
+    assert best_implementation(step, wide, 7) == "plain"
+    assert best_implementation(large.double(), weight.double(), 7) == "tiled"
     monkeypatch.setattr(local_rnn, "can_fuse", lambda: False)
-    assert best_implementation(large, weight) == "tiled"
-    assert best_implementation(large.bfloat16(), weight.bfloat16()) == "plain"
+    assert best_implementation(large, weight, 7) == "tiled"
+    assert best_implementation(small, weight, 7) == "plain"
+    assert best_implementation(large.bfloat16(), weight.bfloat16(), 7) == "plain"
     chosen = []
-    torch.vmap(lambda inputs: chosen.append(best_implementation(inputs[None], weight)) or inputs)(large)
+    torch.vmap(lambda inputs: chosen.append(best_implementation(inputs[None], weight, 7)) or inputs)(large)
     assert chosen == ["plain"]
 
 
@@ -224,7 +227,7 @@ def test_gradients_of_single_sequences_through_torch_func():
     torch.manual_seed(0)
     local_rnn = LocalRNN(32, 3, "gru").double()
     inputs = torch.randn(2, 2100, 32, dtype=torch.float64)
-    assert best_implementation(local_rnn.input_proj(inputs).detach(), local_rnn.recurrent_proj.weight) == "tiled"
+    assert best_implementation(local_rnn.input_proj(inputs).detach(), local_rnn.recurrent_proj.weight, 3) == "tiled"
     parameters = dict(local_rnn.named_parameters())
 
     def loss(parameters, one):

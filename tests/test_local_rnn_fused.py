@@ -1,6 +1,5 @@
 """The C kernels of the LocalRNN: how they come to be, and what they make of numbers that are none or out of range."""
 
-import re
 import shutil
 import subprocess
 
@@ -9,7 +8,6 @@ import torch
 
 from modeling_rtransformer import compiled_c, local_rnn, local_rnn_fused
 from modeling_rtransformer.local_rnn import LocalRNN
-from modeling_rtransformer.local_rnn_fused import SOURCE
 
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
@@ -63,19 +61,42 @@ def test_gates_that_are_shut_or_open_wide_are_as_the_plain_ones(rnn_type):
     assert found[:2].isfinite().all()
 
 
+def results(made, inputs):
+    outputs = made(inputs)
+    return [outputs, *torch.autograd.grad(outputs.square().sum(), [inputs, *made.parameters()])]
+
+
 @needs_gcc
 @pytest.mark.parametrize("rnn_type", local_rnn.NUM_GATES)
-def test_the_number_of_threads_changes_nothing(rnn_type):
-    made, inputs = fused(rnn_type, hidden=64), torch.randn(4, 203, 64, requires_grad=True)
+@pytest.mark.parametrize(("hidden", "window"), [(64, 4), (8, 90)])
+def test_the_number_of_threads_changes_nothing(rnn_type, hidden, window):
+    """Also where blocks share more inputs than they have positions."""
+    made, inputs = fused(rnn_type, hidden, window), torch.randn(2, 400 + window, hidden, requires_grad=True)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            outputs = made(inputs)
-            found.append([outputs, *torch.autograd.grad(outputs.square().sum(), [inputs, *made.parameters()])])
+            found.append(results(made, inputs))
     finally:
         torch.set_num_threads(threads)
     torch.testing.assert_close(*found)
+    made.implementation = "plain"
+    torch.testing.assert_close(found[0], results(made, inputs), rtol=1e-4, atol=1e-4)
+
+
+@needs_gcc
+@pytest.mark.parametrize("rnn_type", local_rnn.NUM_GATES)
+@pytest.mark.parametrize("hidden", [6, 40, 88, 136])
+def test_a_position_is_the_same_to_the_last_bit_whatever_is_beside_it(rnn_type, hidden):
+    """In any batch, at any place of a block, with and without what a backward pass needs."""
+    made = fused(rnn_type, hidden)
+    inputs = made.input_proj(torch.randn(5, 303, hidden)).detach()
+    made.input_proj = torch.nn.Identity()  # a library's product, which is not
+    together = made(inputs)
+    for row, start, length in ((0, 0, 303), (4, 0, 50), (2, 100, 150), (3, 290, 4)):
+        with torch.no_grad():
+            alone = made(inputs[row : row + 1, start : start + length])
+        assert torch.equal(alone[0], together[row, start : start + alone.shape[1]])
 
 
 @needs_gcc
@@ -100,7 +121,7 @@ def test_without_a_compiler_large_inputs_are_tiled_and_asking_for_c_says_what_is
     inputs, weight = torch.randn(4, 720, 96), torch.randn(96, 32)
     warned = []
     monkeypatch.setattr(local_rnn.logger, "warning", warned.append)
-    assert [local_rnn.best_implementation(inputs, weight) for _ in range(2)] == ["tiled", "tiled"]
+    assert [local_rnn.best_implementation(inputs, weight, 7) for _ in range(2)] == ["tiled", "tiled"]
     assert len(warned) == 1 and "no C compiler" in warned[0]
     with pytest.raises(ImportError, match="no C compiler `no-such-compiler`: install gcc, or name another in .CC"):
         fused("gru")(torch.randn(1, 9, 6))
@@ -114,9 +135,3 @@ def test_what_does_not_compile_or_load_is_told_in_the_compilers_words(fresh):
     with pytest.raises(compiled_c.NoCompiler, match="does not load: .*nowhere_defined"):
         compiled_c.load("int nowhere_defined(void); int f(void) { return nowhere_defined(); }")
     assert not [path for path in fresh.iterdir() if path.is_dir()]
-
-
-def test_every_function_is_given_as_many_arrays_as_it_takes():
-    functions = re.findall(r"^void (\w+)\(([^)]*)\)", SOURCE, re.MULTILINE)
-    declared = {name: parameters.count("*") for name, parameters in functions}
-    assert declared == local_rnn_fused.ARRAYS

@@ -198,11 +198,11 @@ def test_tensors_that_are_not_on_a_gpu_are_refused():
 @pytest.mark.gpu
 def test_it_is_chosen_on_a_gpu_where_triton_is_installed(monkeypatch):
     projected, weight = torch.randn(1, 8, 12, device="cuda"), nn.Parameter(torch.randn(12, 4, device="cuda"))
-    assert best_implementation(projected, weight) == "triton"
-    assert best_implementation(projected.bfloat16(), weight) == "triton"
-    assert best_implementation(projected.double(), weight) == "plain"
+    assert best_implementation(projected, weight, 3) == "triton"
+    assert best_implementation(projected.bfloat16(), weight, 3) == "triton"
+    assert best_implementation(projected.double(), weight, 3) == "plain"
     monkeypatch.setattr(local_rnn, "triton_is_installed", lambda: False)
-    assert best_implementation(projected, weight) == "plain"
+    assert best_implementation(projected, weight, 3) == "plain"
 
 
 @pytest.mark.gpu
