@@ -28,9 +28,12 @@ BLOCK_ROWS = 96
 THREAD_ROWS = 12
 
 
+PANEL = 64  # columns of a product that are computed together, at most
+
+
 def padded(columns: int) -> int:
-    """As in C: whole panels of a product, and rows that do not share a set of the cache."""
-    return -(-columns // 64) * 64 + 16
+    """As in C: whole panels, and rows that do not share a set of the cache."""
+    return -(-columns // PANEL) * PANEL + 16
 
 
 def block_shape(batch: int, length: int, size: int, window: int) -> tuple[int, int]:
@@ -57,7 +60,7 @@ class Call(ctypes.Structure):
         sequences, positions = block_shape(batch, length, size, window)
         threads = min(torch.get_num_threads(), -(-batch // sequences) * -(-length // positions))
         room = sequences * positions
-        own = room * ((states + 3) * padded(size) + padded(columns)) + columns
+        own = room * ((states + 3) * padded(size) + padded(columns) + PANEL) + columns
         counts = KINDS.index(rnn_type), batch, length, size, window, sequences, positions, threads, own
         self.arrays = arrays | {"inputs": projected, "scratch": projected.new_empty(threads, own)}
         super().__init__(*counts, **{name: each.data_ptr() for name, each in self.arrays.items() if each is not None})

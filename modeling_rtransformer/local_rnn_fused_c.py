@@ -337,7 +337,7 @@ static void backward_block(const call *c, block at, count thread) {
     const count states = c->kind == GRU ? c->window - 1 : 1, kept = KEPT[c->kind] * size;
     real *hidden = c->scratch + thread * c->own, *grad_hidden = hidden + states * room * wide;
     real *grad_cell = grad_hidden + room * wide, *curve = grad_cell + room * wide;
-    real *product = curve + room * wide, *sums = product + room * wider;
+    real *product = curve + room * wide, *panel = product + room * wider, *sums = panel + room * PANEL;
     real *grad_weight = c->grad_weight + thread * size * wider;
     double *grad_zero = c->grad_zero + thread * columns, *grad_new_bias = c->grad_new_bias + thread * size;
     EACH_ROW memcpy(grad_hidden + row * wide, c->grad_outputs + (start + row) * size, size * sizeof(real));
@@ -385,7 +385,11 @@ static void backward_block(const call *c, block at, count thread) {
         if (step) {
             multiply(at.rows, columns, size, product, wider, 1, c->weight, columns * PANEL, PANEL, grad_hidden, wide,
                      c->kind == GRU);
-            multiply(size, at.rows, columns, before, 1, before_row, product, PANEL, wider, grad_weight, wider, 1);
+            for (count first = 0; first < columns; first += PANEL) {  /* in one piece: its rows are far apart */
+                EACH_ROW memcpy(panel + row * PANEL, product + row * wider + first, PANEL * sizeof(real));
+                multiply(size, at.rows, columns - first < PANEL ? columns - first : PANEL, before, 1, before_row, panel, 0,
+                         PANEL, grad_weight + first, wider, 1);
+            }
         }
     }
 }
