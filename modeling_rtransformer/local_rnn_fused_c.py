@@ -387,8 +387,8 @@ static void backward_block(const call *c, block at, count thread) {
                      c->kind == GRU);
             for (count first = 0; first < columns; first += PANEL) {  /* in one piece: its rows are far apart */
                 EACH_ROW memcpy(panel + row * PANEL, product + row * wider + first, PANEL * sizeof(real));
-                multiply(size, at.rows, columns - first < PANEL ? columns - first : PANEL, before, 1, before_row, panel, 0,
-                         PANEL, grad_weight + first, wider, 1);
+                count some = columns - first < PANEL ? columns - first : PANEL;
+                multiply(size, at.rows, some, before, 1, before_row, panel, 0, PANEL, grad_weight + first, wider, 1);
             }
         }
     }
