@@ -11,6 +11,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from scripts.averaging import UNAVERAGED, WeightAverage
+
 
 logger = logging.get_logger(__name__)
 
@@ -38,7 +40,7 @@ def is_sharded_checkpoint(folder: Path) -> bool:
 def damage(folder: Path) -> str | None:
     """What a kill or a full disk while saving has left wrong with a checkpoint of `Trainer`; None if nothing."""
     try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
         archives = [folder / "scheduler.pt", *(sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"])]
         if (folder / SHARDS[0]).is_dir():
             problems = (_shards_damage(folder / name) for name in SHARDS)
@@ -51,6 +53,8 @@ def damage(folder: Path) -> str | None:
             weights = sorted({folder / name for name in index["weight_map"].values()})
         if not weights:
             return "model.safetensors is missing"
+        if WeightAverage.__name__ in state.get("stateful_callbacks", {}):
+            weights.append(folder / UNAVERAGED)
         for path in weights:
             if _safetensors_size(path) != path.stat().st_size:
                 return f"{path.name} is cut off"

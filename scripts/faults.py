@@ -229,21 +229,24 @@ def _existing(folder: Path) -> Path:
     return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
 
 
-def checkpoint_bytes(model: PreTrainedModel) -> tuple[int, int]:
-    """Bytes of the weights, and of a checkpoint: with them the two moments that Adam has of each trained weight."""
+def checkpoint_bytes(model: PreTrainedModel, averaged: bool = False) -> tuple[int, int]:
+    """
+    Bytes of the weights, and of a checkpoint: with them the two moments that Adam has of each trained weight and, where
+    they are an average, the weights themselves.
+    """
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return weights, weights + 2 * trained
+    return weights, weights * (1 + averaged) + 2 * trained
 
 
-def require_room(output_dir: Path, model: PreTrainedModel, args: TrainingArguments) -> None:
+def require_room(output_dir: Path, model: PreTrainedModel, args: TrainingArguments, averaged: bool = False) -> None:
     """
     Refuse a disk without room for the checkpoints that are kept, one more while it is written, and the final model.
 
     Raises:
         OSError: with the folder, the bytes that are needed and those that are free.
     """
-    weights, checkpoint = checkpoint_bytes(model)
+    weights, checkpoint = checkpoint_bytes(model, averaged)
     checkpoint = weights if args.save_only_model else checkpoint
     kept = 0 if args.save_strategy == SaveStrategy.NO else 2
     if kept and args.save_total_limit:
@@ -261,12 +264,12 @@ def require_room(output_dir: Path, model: PreTrainedModel, args: TrainingArgumen
 
 
 @contextlib.contextmanager
-def full_disk_explained(output_dir: Path, model: PreTrainedModel) -> Iterator[None]:
+def full_disk_explained(output_dir: Path, model: PreTrainedModel, averaged: bool = False) -> Iterator[None]:
     """Say in words what torch and safetensors report as a failed write, if the disk has no room for a checkpoint."""
     try:
         yield
     except (OSError, RuntimeError) as error:
-        if not output_dir.is_dir() or shutil.disk_usage(output_dir).free > checkpoint_bytes(model)[1]:
+        if not output_dir.is_dir() or shutil.disk_usage(output_dir).free > checkpoint_bytes(model, averaged)[1]:
             raise
         sys.exit(
             f"error: no space left for a checkpoint in `--output-dir` {output_dir} ({error}); make room and go on with "

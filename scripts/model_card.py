@@ -203,6 +203,7 @@ def render(
         data={key: value for key, value in data.items() if key != "source"},
         training=recipe.sections.get("training", {}) if recipe is not None else {},
         budget=recipe.sections.get("budget", {}) if recipe is not None else {},
+        averaging=recipe.sections.get("averaging", {}) if recipe is not None else {},
         results=results,
         own_metrics=own_metrics,
         gates=gate_rows(model),

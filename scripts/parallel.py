@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
+from scripts.averaging import UNAVERAGED
 from scripts.checkpoints import is_sharded_checkpoint
 
 
@@ -33,9 +34,12 @@ def is_on(variable: str) -> bool:
     return os.environ.get(variable, "").lower() in ("1", "true")
 
 
-def set_up(args: TrainingArguments, resume: bool, checkpoint: Path | None) -> None:
+def set_up(args: TrainingArguments, resume: bool, checkpoint: Path | None, averaged: bool = False) -> None:
     """
     Make `args` agree with the launcher; before a `Trainer` is made of them.
+
+    Args:
+        averaged: whether the run keeps an average of the weights.
 
     Raises:
         ValueError: the launcher asks for what cannot be had together, or cannot go on from `checkpoint`.
@@ -62,6 +66,16 @@ def set_up(args: TrainingArguments, resume: bool, checkpoint: Path | None) -> No
         raise ValueError(
             f"{checkpoint} is of a run {'without' if fsdp else 'with'} FSDP; go on with the launcher's settings of "
             "then, on as many processes as you like"
+        )
+    if averaged and (fsdp or is_on("ACCELERATE_USE_DEEPSPEED") or args.deepspeed or sizes.non_data_parallel_size > 1):
+        raise ValueError(
+            "`averaging.decay` is for one process, or several with DDP, each of which has all weights, not for FSDP, "
+            "DeepSpeed, tensor or context parallelism; leave it out"
+        )
+    if checkpoint is not None and (checkpoint / UNAVERAGED).is_file() != averaged:
+        raise ValueError(
+            f"{checkpoint} is of a run {'without' if averaged else 'with'} `averaging.decay`; go on with the recipe "
+            "of then, or begin anew in another --output-dir"
         )
     if (fsdp or sizes.tp_size > 1) and args.world_size > 1 and args.device.type == "cpu":
         # accelerate shards on accelerators alone, though all that it then does works on a processor too

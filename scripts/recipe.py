@@ -11,6 +11,7 @@ A recipe is read into frozen dataclasses that refuse what they do not know, nami
 | `[tokenizer]` | [`scripts.tokenization.Options`]; left out where the input is numbers |
 | `[training]` | any field of `transformers.TrainingArguments` except `output_dir`, over [`TRAINING_DEFAULTS`] |
 | `[schedule]` | [`Schedule`]; mostly left out: the schedule is `training.lr_scheduler_type` |
+| `[averaging]` | [`Averaging`] |
 | `[budget]` | [`Budget`] |
 | `[report]` | [`Report`] |
 """
@@ -40,7 +41,7 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
-SECTIONS = ("task", "data", "tokenizer", "training", "schedule", "budget", "report")
+SECTIONS = ("task", "data", "tokenizer", "training", "schedule", "averaging", "budget", "report")
 
 # Written into every saved config by Transformers, so a saved model's config.json is a recipe's config.json too.
 CONFIG_EXTRAS = ("model_type", "architectures", "transformers_version", "auto_map", "dtype", "_name_or_path")
@@ -103,6 +104,24 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True)
+class Averaging:
+    """
+    What is scored and kept: an exponential moving average of the weights (`scripts/averaging.py`) in place of the last.
+
+    Args:
+        decay: the share of the average that a step leaves, above 0 and below 1; no average if left out.
+    """
+
+    decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.decay is not None and not 0 < self.decay < 1:
+            raise ValueError(
+                f"`averaging.decay` must be above 0 and below 1, or left out for no average, got {self.decay}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class Report:
     """
     What the result tells.
@@ -127,6 +146,7 @@ class Recipe:
     tokenizer: TokenizerOptions | None
     training: Mapping[str, Any]
     schedule: Schedule
+    averaging: Averaging
     budget: Budget
     report: Report
     sections: Mapping[str, Mapping[str, Any]]
@@ -196,6 +216,7 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         tokenizer=None if tokenizer is None else _read(TokenizerOptions, tokenizer, "tokenizer"),
         training={**TRAINING_DEFAULTS, **_check_training(sections.get("training", {}))},
         schedule=_read(Schedule, sections.get("schedule", {}), "schedule"),
+        averaging=_read(Averaging, sections.get("averaging", {}), "averaging"),
         budget=_read(Budget, sections.get("budget", {}), "budget"),
         report=_read(Report, sections["report"], "report"),
         sections=sections,

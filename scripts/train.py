@@ -35,6 +35,7 @@ from typing import NoReturn
 
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
+from scripts.averaging import WeightAverage
 from scripts.budget import CLOCKS, EpochDrops, TimeBudget
 from scripts.checkpoints import newest_complete, put_in_place, restore_callbacks
 from scripts.faults import (
@@ -167,18 +168,21 @@ def main(arguments: list[str] | None = None) -> dict | None:
         require_writable(output_dir)
         meet_anew(recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
         args = training_arguments(recipe, output_dir)
-        set_up(args, options.resume, checkpoint)
+        averaged = recipe.averaging.decay is not None
+        set_up(args, options.resume, checkpoint, averaged)
         with args.main_process_first(desc="preparing the data"):  # the others find it in the cache
             prepared = recipe.prepare(tokenizer=None, splits=("train", "validation", "test"))
         set_seed(args.seed)
         make = functools.partial(prepared.auto_class.from_config, recipe.config(**prepared.config_values))
         model = make_model(make)
-        require_room(output_dir, model, args)
+        require_room(output_dir, model, args, averaged)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     budget, watch = TimeBudget(recipe.budget.max_seconds, recipe.budget.clock), Watch(prepared.tokenizer)
     drops = EpochDrops(recipe.schedule.drop_every_epochs, recipe.schedule.drop_factor)
     callbacks = [drops, budget, watch]
+    if averaged:
+        callbacks.append(WeightAverage(recipe.averaging.decay))
     if recipe.budget.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(recipe.budget.early_stopping_patience))
     if isinstance(prepared.datasets["train"], StreamedWindows):
@@ -188,7 +192,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
     trainer = make_trainer(model, args, prepared, callbacks=callbacks)
     attach(trainer)
     try:
-        with watch.signals(), full_disk_explained(output_dir, model):
+        with watch.signals(), full_disk_explained(output_dir, model, averaged):
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     except (NotFinite, StreamError) as error:
         sys.exit(f"error: {error}")

@@ -1,4 +1,4 @@
-"""`Trainer` as the recipes use it: it takes streams, and is watched for what ends a run before its time."""
+"""`Trainer` as the recipes use it: it takes streams, averages weights, and is watched for what ends a run too soon."""
 
 from functools import partial
 
@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from scripts.averaging import WeightAverage
 from scripts.faults import Watch, agree, outlive_signals
 from scripts.streaming import StreamedWindows, StreamLoader
 from scripts.windows import IGNORED
@@ -21,13 +22,16 @@ torch.serialization.register_package(100, lambda storage: None, _restore_to_numb
 
 class RecipeTrainer(Trainer):
     """
-    A `Trainer` that reads a [`StreamedWindows`] by parts, one for each data-parallel process, and tells a [`Watch`] of
-    every batch it trains on.
+    A `Trainer` that reads a [`StreamedWindows`] by parts, one for each data-parallel process, tells a [`Watch`] of
+    every batch it trains on, and scores, saves and ends with the weights of a [`WeightAverage`], if there is one.
     """
 
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
-        self.watches = [callback for callback in self.callback_handler.callbacks if isinstance(callback, Watch)]
+        callbacks = self.callback_handler.callbacks
+        self.watches = [callback for callback in callbacks if isinstance(callback, Watch)]
+        averages = [callback for callback in callbacks if isinstance(callback, WeightAverage)]
+        self.average = averages[0] if averages else WeightAverage()
         if isinstance(self.train_dataset, StreamedWindows):
             self.args.ignore_data_skip = True  # a stream goes on from its own state, without reading what it gave
 
@@ -97,6 +101,27 @@ class RecipeTrainer(Trainer):
         for watch in self.watches:
             watch.note(loss, inputs)
         return loss
+
+    def evaluation_loop(self, *arguments, **options):
+        with self.average.in_place():
+            return super().evaluation_loop(*arguments, **options)
+
+    def save_model(self, *arguments, **options) -> None:
+        with self.average.in_place():
+            super().save_model(*arguments, **options)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.average.save(self.model, output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.average.load(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self.average.finish()  # before: the best checkpoint's is loaded over it
+        super()._load_best_model()
 
 
 def _patient(loader: DataLoader) -> DataLoader:

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from scripts.averaging import UNAVERAGED
 from scripts.checkpoints import damage, load_model, newest_complete, put_in_place
 from tests.conftest import tiny_config
 
@@ -45,6 +46,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(tmp_path, name, h
     assert damage(whole) is None
     assert damage(damaged) is not None
     assert newest_complete(tmp_path) == whole
+
+
+@pytest.mark.parametrize("harm", ["cut", "emptied", "missing"])
+def test_an_average_without_the_weights_to_go_on_from_is_damaged(tmp_path, harm):
+    folder = write_checkpoint(tmp_path, 10)
+    (folder / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": {"WeightAverage": {}}}))
+    save_file({"weight": torch.arange(50.0)}, folder / UNAVERAGED)
+    assert damage(folder) is None
+    (folder / UNAVERAGED).unlink() if harm == "missing" else cut(folder / UNAVERAGED, 0.6 if harm == "cut" else 0)
+    assert damage(folder) is not None
 
 
 def test_a_header_that_promises_more_than_the_file_has_is_damage(tmp_path):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from scripts import train
@@ -198,6 +199,9 @@ def test_the_room_that_is_asked_for_is_what_the_checkpoints_take(tmp_path, monke
     size = sum(path.stat().st_size for path in (tmp_path / "checkpoint-1").iterdir())
     weights, checkpoint = checkpoint_bytes(model)
     assert size == pytest.approx(checkpoint, rel=0.02)
+    save_model(model, tmp_path / "unaveraged.safetensors")
+    size_averaged = size + (tmp_path / "unaveraged.safetensors").stat().st_size
+    assert size_averaged == pytest.approx(checkpoint_bytes(model, averaged=True)[1], rel=0.02)
     free = shutil.disk_usage(tmp_path)
 
     def needed(folder, **settings) -> int:

@@ -36,6 +36,7 @@ STEPS = [
     "training.adam_epsilon=1e-4",  # the keys' biases have no gradient but rounding, which Adam would blow up
     "task.eval_stride=32",
 ]
+AVERAGED = "averaging.decay=0.5"
 
 
 def with_settings(*settings):
@@ -112,6 +113,7 @@ def two(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     plan = [
         on(2, "ddp", recipe, folder / "ddp"),
+        on(2, "ddp", recipe, folder / "averaged", AVERAGED),
         on(2, "fsdp2", recipe, folder / "fsdp2", launch=("--fsdp_activation_checkpointing", "true")),
         {"environment": {}, "shard": str(folder / "shard.json"), "variants": VARIANTS},
     ]
@@ -148,6 +150,13 @@ def test_what_is_held_and_sent_is_what_was_computed(name, two):
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", pytest.param("tensor-parallel", marks=NEEDS_NEW_TRANSFORMERS)])
 def test_two_processes_are_one(name, one, two):
     assert_same_run(two / name, one)
+
+
+def test_two_processes_average_the_weights_as_one_does(recipe, one, two, tmp_path):
+    train.main([str(recipe), "--output-dir", str(tmp_path), *with_settings(*STEPS, AVERAGED)])
+    assert_same_run(two / "averaged", tmp_path)
+    averaged, plain = (load_file(folder / "final" / "model.safetensors") for folder in (tmp_path, one))
+    assert max((averaged[name] - weight).abs().max() for name, weight in plain.items() if weight.numel()) > 1e-3
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -15,6 +15,7 @@ import modeling_rtransformer
 from modeling_rtransformer import RTransformerForCausalLM, RTransformerForSequenceClassification
 from modeling_rtransformer.hub_files import HUB_FILES, PICKLES, HubFilesCallback
 from scripts import push_to_hub, train
+from scripts.averaging import UNAVERAGED
 from scripts.hub_upload import PushError
 from tests.conftest import tiny_config
 from tests.hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN
@@ -347,10 +348,14 @@ def test_whole_checkpoints_with_their_optimizer_are_never_pushed(hub, tmp_path):
     recipe = write_recipe(tmp_path, LANGUAGE_MODELING, write_text(tmp_path))
     pushing = {"push_to_hub": "true", "hub_model_id": "someone/live", "hub_strategy": "all_checkpoints"}
     settings = [part for key, value in pushing.items() for part in ("--set", f"training.{key}={value}")]
+    settings += ["--set", "averaging.decay=0.9"]
     train.main([str(recipe), "--output-dir", str(tmp_path / "run"), *settings])
     commits = hub.repos["model", "someone/live"].branches["main"]
     assert any(b"/optimizer.pt" in body for body in hub.bodies), "Trainer did not try to push a whole checkpoint"
     assert not [name for commit in commits for name in commit.files if "/" in name or name.endswith((".pt", ".pth"))]
+    assert (tmp_path / "run" / "checkpoint-12" / UNAVERAGED).is_file()
+    assert not [name for commit in commits for name in commit.files if UNAVERAGED in name]
+    assert "which these weights are | `0.9` |" in commits[-1].files["README.md"].decode()
 
 
 def test_the_callback_keeps_to_the_list(tmp_path):

@@ -36,6 +36,7 @@ def test_overrides_reach_every_section_and_the_model(recipe):
             "model.hidden_size=24",
             "model.rem_kinds=['none', 'regular']",
             "budget.max_seconds=30",
+            "averaging.decay=0.9",
             "tokenizer.kind=word",
             'data.train=["a.txt", "b.txt"]',
             'report.metrics=["perplexity"]',
@@ -44,6 +45,7 @@ def test_overrides_reach_every_section_and_the_model(recipe):
     assert read.training["learning_rate"] == 1e-3
     assert read.config().hidden_size == 24 and read.config().rem_kinds == ["none", "regular"]
     assert read.budget.max_seconds == 30
+    assert read.averaging.decay == 0.9 and read_recipe(recipe).averaging.decay is None
     assert read.tokenizer.kind == "word"
     assert read.data.train == ["a.txt", "b.txt"]
     assert read.report.metrics == ["perplexity"]
@@ -83,6 +85,10 @@ def test_a_recipe_is_frozen(recipe):
         ("tokenizer.kind=charakter", "`tokenizer.kind` must be of type .*character.*, got 'charakter'"),
         ("budget.max_second=3", "`budget.max_second` is not a setting; did you mean `max_seconds`"),
         ("budget.max_seconds=0", "`budget.max_seconds` must be above 0, or left out for no limit, got 0"),
+        ("averaging.decay=1", "`averaging.decay` must be above 0 and below 1, or left out for no average, got 1"),
+        ("averaging.decay=0.0", "`averaging.decay` must be above 0 and below 1, or left out for no average, got 0.0"),
+        ("averaging.decay=slow", r"`averaging.decay` must be of type float \| None, got 'slow'"),
+        ("averaging.deca=0.9", "`averaging.deca` is not a setting; did you mean `decay`"),
         ("report.metrics=accuracy", r"`report.metrics` must be of type list\[str\], got 'accuracy'"),
         ("model.hiden_size=3", "`model.hiden_size` is not a field of the model's config; did you mean `hidden_size`"),
         ("model.hidden_size=21", "`hidden_size` must be divisible by `num_attention_heads`"),
