@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from .compiled_c import load
 from .local_rnn_fused_c import ARRAYS, COUNTS, SOURCE, TOTALS
 from .local_rnn_tiled import Tile, in_own_segment
+from .reused_memory import ReusedMemory
 
 
 KINDS = ("gru", "lstm", "rnn")
@@ -94,6 +95,9 @@ def kept_shapes(rnn_type: str, window: int, rows: int, size: int) -> list[tuple[
     return [(window, rows, (2 if rnn_type == "gru" else 4) * size), (window - 1, rows, size)]
 
 
+KEPT = ReusedMemory()  # a forward pass that keeps nothing gives back what lies there
+
+
 class FusedLocalRnn(torch.autograd.Function):
     """`local_rnn` on a CPU in float32 or float64; `keep` says whether a backward pass may follow."""
 
@@ -107,7 +111,11 @@ class FusedLocalRnn(torch.autograd.Function):
         same = in_own_segment(segment_ids, whole, window)
         same = None if same is None else same.contiguous()
         outputs = projected.new_empty(batch, length, size)
-        kept = [projected.new_empty(shape) for shape in kept_shapes(rnn_type, window, whole.rows, size)] if keep else []
+        kept = []
+        if keep:
+            kept = [KEPT.empty(projected, *shape) for shape in kept_shapes(rnn_type, window, whole.rows, size)]
+        else:
+            KEPT.clear()
         if whole.rows:
             arrays = dict(zip(("kept", "extra"), kept)) | {"bias": bias, "zero": zero_input, "same": same}
             call = Call(rnn_type, window, projected, size, 1, weight=packed(weight.T), outputs=outputs, **arrays)

@@ -267,10 +267,6 @@ typedef struct {{
 """
 
 BLOCKS = r"""
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
 int omp_get_thread_num(void);
 
 enum { GRU, LSTM, RNN };
@@ -394,19 +390,8 @@ static void backward_block(const call *c, block at, count thread) {
     }
 }
 
-/* Memory that malloc asks the system for each time, which takes long by small pages. */
-static void ask_for_large_pages(real *array, count size) {
-#ifdef MADV_HUGEPAGE
-    const size_t page = 65536, bytes = size * sizeof(real), skipped = -(size_t)array % page;
-    if (array && bytes >= 32 << 20) madvise((char *)array + skipped, (bytes - skipped) / page * page, MADV_HUGEPAGE);
-#endif
-}
-
 /* All blocks, in so many threads; sums are the same in each run. */
 void forward(const call *c) {
-    count rows = c->batch * c->length;
-    ask_for_large_pages(c->kept, c->window * rows * KEPT[c->kind] * c->size);
-    ask_for_large_pages(c->extra, (c->window - 1) * rows * c->size);
     count groups = (c->batch + c->sequences - 1) / c->sequences, parts = (c->length + c->positions - 1) / c->positions;
 #pragma omp parallel for num_threads(c->threads) schedule(static)
     for (count index = 0; index < groups * parts; index++)
