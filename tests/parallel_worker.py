@@ -187,6 +187,8 @@ def main() -> None:
         findings = sharded_and_whole(path.with_suffix(""), step["variants"])
         if distributed.get_rank() == 0:
             path.write_text(json.dumps(findings))
+    if distributed.is_initialized():  # its threads would otherwise be running while the process ends
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
