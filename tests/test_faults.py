@@ -30,14 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RUN = str(ROOT / "tests" / "recorded_run.py")
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The models are too small for more."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
