@@ -22,8 +22,8 @@ from .reused_memory import ReusedMemory
 
 
 KINDS = ("gru", "lstm", "rnn")
-# Rows of a block, where the hidden size is not above twice that: more would leave a core's cache, with fewer the
-# gradient of the weights, to which each block adds, is read too often.
+# Rows of a block: more would leave a core's cache; with fewer the weights, which each step of a block reads, and their
+# gradient, to which each step of a block adds, come into it too often.
 BLOCK_ROWS = 96
 # Rows that are worth a thread.
 THREAD_ROWS = 12
@@ -37,9 +37,9 @@ def padded(columns: int) -> int:
     return -(-columns // PANEL) * PANEL + 16
 
 
-def block_shape(batch: int, length: int, size: int, window: int) -> tuple[int, int]:
+def block_shape(batch: int, length: int, window: int) -> tuple[int, int]:
     """Sequences and positions of a block: part of one sequence where it is long, several sequences where short."""
-    rows = max(THREAD_ROWS, min(max(BLOCK_ROWS, size // 2), -(-batch * length // torch.get_num_threads())))
+    rows = max(THREAD_ROWS, min(BLOCK_ROWS, -(-batch * length // torch.get_num_threads())))
     if length <= rows:
         return rows // length, length
     parts = min(-(-length // rows), length // max(window - 1, 1))  # every second one shares no input with the others
@@ -58,7 +58,7 @@ class Call(ctypes.Structure):
 
     def __init__(self, rnn_type: str, window: int, projected: torch.Tensor, size: int, states: int, **arrays):
         batch, length, columns = projected.shape[0], projected.shape[1] - window + 1, projected.shape[2]
-        sequences, positions = block_shape(batch, length, size, window)
+        sequences, positions = block_shape(batch, length, window)
         threads = min(torch.get_num_threads(), -(-batch // sequences) * -(-length // positions))
         room = sequences * positions
         own = room * ((states + 3) * padded(size) + padded(columns) + PANEL) + columns
@@ -133,7 +133,7 @@ class FusedLocalRnn(torch.autograd.Function):
         gated = rnn_type == "gru"  # b_h of the new gate acts inside a product with the reset gate
         grad_projected = torch.zeros_like(projected)
         threads = torch.get_num_threads()
-        grad_weight = weight.new_zeros(threads, size, padded(columns))
+        grad_weight = weight.new_zeros(threads, -(-columns // PANEL), size, PANEL)
         grad_zero, grad_new_bias = (bias.new_zeros(threads, each, dtype=torch.float64) for each in (columns, size))
         if grad_outputs.numel():
             arrays = dict(zip(("kept", "extra"), kept)) | {"bias": bias, "zero": zero_input, "same": same}
@@ -147,5 +147,5 @@ class FusedLocalRnn(torch.autograd.Function):
         if gated:
             grad_bias[-size:] = grad_new_bias.sum(dim=0)
         grad_zero = None if zero_input is None else grad_zero.to(bias.dtype).view(ctx.zero_shape)
-        grad_weight = grad_weight[..., :columns].sum(dim=0).T
+        grad_weight = grad_weight.sum(dim=0).transpose(1, 2).reshape(-1, size)[:columns]
         return grad_projected, grad_weight, grad_bias.to(bias.dtype), grad_zero, None, None, None, None

@@ -92,18 +92,21 @@ PRODUCTS = r"""
 #define ROWS 6
 #define LANES ((count)(BYTES / sizeof(real)))
 #define PANEL (VECTORS * LANES)
-#define PADDED(columns) (((columns) + 63) / 64 * 64 + 16)  /* whole panels, and rows that do not share a cache set */
+#define WHOLE(columns) (((columns) + 63) / 64 * 64)  /* panels, on any processor */
+#define PADDED(columns) (WHOLE(columns) + 16)  /* rows that do not share a set of the cache */
 typedef real vector __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
 
-/* Some rows and a panel of a product, in registers: element (i, k) of `a` is a[i * a_row + k * a_depth]. */
+/* Some rows and a panel of a product, in registers: element (i, k) of `a` is a[i * a_row + k * a_depth]. What is read
+   later, `next` and every `stride` bytes, comes into the cache beside it. */
 INLINE void multiply_tile(count rows, count vectors, count depth, const real *a, count a_row, count a_depth,
-                          const real *b, count b_depth, real *c, count c_row, int add) {
+                          const real *b, real *c, count c_row, int add, const char *next, count stride) {
     vector sums[ROWS][VECTORS];
     for (count i = 0; i < rows; i++)
         for (count j = 0; j < vectors; j++) sums[i][j] = (vector){0};
     for (count k = 0; k < depth; k++) {
+        __builtin_prefetch(next + k * stride);
         vector columns[VECTORS];
-        for (count j = 0; j < vectors; j++) columns[j] = *(const vector *)(b + k * b_depth + j * LANES);
+        for (count j = 0; j < vectors; j++) columns[j] = *(const vector *)(b + k * PANEL + j * LANES);
         for (count i = 0; i < rows; i++) {
             real factor = a[i * a_row + k * a_depth];
             for (count j = 0; j < vectors; j++) sums[i][j] += factor * columns[j];
@@ -117,17 +120,24 @@ INLINE void multiply_tile(count rows, count vectors, count depth, const real *a,
         }
 }
 
-/* c = a b, or c + a b, of whole vectors of columns. Panels of `b` lie `b_panel` apart, their rows `b_depth`. */
+/* c = a b, or c + a b, of whole vectors of columns. `b` is packed: panels of `depth` rows, one after the other. While
+   one is multiplied the next comes into the cache; beside a single one, the next rows of `c`. */
 static void multiply(count rows, count depth, count columns, const real *a, count a_row, count a_depth, const real *b,
-                     count b_panel, count b_depth, real *c, count c_row, int add) {
-    for (count left = columns; left > 0; left -= PANEL, b += b_panel, c += PANEL) {
+                     real *c, count c_row, int add) {
+    const int single = columns <= PANEL;
+    const count tiles = (rows + ROWS - 1) / ROWS;
+    const count step = (count)sizeof(real) * (single ? ROWS * c_row : depth * PANEL / tiles);
+    for (count left = columns; left > 0; left -= PANEL, b += depth * PANEL, c += PANEL) {
+        const char *next = (const char *)(single ? c + ROWS * c_row : b + depth * PANEL);
         count row = 0;
-#define TILE(rows, vectors) \
-    multiply_tile(rows, vectors, depth, a + row * a_row, a_row, a_depth, b, b_depth, c + row * c_row, c_row, add)
-#define TILES(vectors)                                               \
-    {                                                                \
-        for (; row + ROWS <= rows; row += ROWS) TILE(ROWS, vectors); \
-        for (; row < rows; row++) TILE(1, vectors);                  \
+#define TILE(some, vectors)                                                                                 \
+    multiply_tile(some, vectors, depth, a + row * a_row, a_row, a_depth, b, c + row * c_row, c_row, add,    \
+                  next + row / ROWS * step, step / depth)
+#define TILES(vectors)                                                       \
+    {                                                                        \
+        for (; row + ROWS <= rows; row += ROWS) TILE(ROWS, vectors);         \
+        for (; row + 2 <= rows; row += 2) TILE(2, vectors);                  \
+        if (row < rows) TILE(1, vectors);                                    \
     }
         if (left > (VECTORS - 1) * LANES) TILES(VECTORS)
 #if VECTORS == 4
@@ -302,7 +312,7 @@ static void forward_block(const call *c, block at, count thread) {
     real *hidden = c->scratch + thread * c->own, *cell = hidden + room * wide, *product = cell + room * wide;
     for (count step = 0; step < c->window; step++) {
         if (step)
-            multiply(at.rows, size, columns, hidden, wide, 1, c->weight, size * PANEL, PANEL, product, wider, 0);
+            multiply(at.rows, size, columns, hidden, wide, 1, c->weight, product, wider, 0);
         EACH_ROW {
             FIND
             const real *x = shown ? c->inputs + input : c->zero;
@@ -334,7 +344,7 @@ static void backward_block(const call *c, block at, count thread) {
     real *hidden = c->scratch + thread * c->own, *grad_hidden = hidden + states * room * wide;
     real *grad_cell = grad_hidden + room * wide, *curve = grad_cell + room * wide;
     real *product = curve + room * wide, *panel = product + room * wider, *sums = panel + room * PANEL;
-    real *grad_weight = c->grad_weight + thread * size * wider;
+    real *grad_weight = c->grad_weight + thread * size * WHOLE(columns);
     double *grad_zero = c->grad_zero + thread * columns, *grad_new_bias = c->grad_new_bias + thread * size;
     EACH_ROW memcpy(grad_hidden + row * wide, c->grad_outputs + (start + row) * size, size * sizeof(real));
     if (c->kind == GRU)
@@ -379,12 +389,12 @@ static void backward_block(const call *c, block at, count thread) {
             for (count d = 0; d < columns; d++) grad_zero[d] += sums[d];
         if (c->kind == GRU) EACH_ROW EACH grad_new_bias[d] += product[row * wider + 2 * size + d];
         if (step) {
-            multiply(at.rows, columns, size, product, wider, 1, c->weight, columns * PANEL, PANEL, grad_hidden, wide,
-                     c->kind == GRU);
+            multiply(at.rows, columns, size, product, wider, 1, c->weight, grad_hidden, wide, c->kind == GRU);
             for (count first = 0; first < columns; first += PANEL) {  /* in one piece: its rows are far apart */
                 EACH_ROW memcpy(panel + row * PANEL, product + row * wider + first, PANEL * sizeof(real));
                 count some = columns - first < PANEL ? columns - first : PANEL;
-                multiply(size, at.rows, some, before, 1, before_row, panel, 0, PANEL, grad_weight + first, wider, 1);
+                real *to = grad_weight + first / 64 * 64 * size + first % 64;
+                multiply(size, at.rows, some, before, 1, before_row, panel, to, 64, 1);
             }
         }
     }
