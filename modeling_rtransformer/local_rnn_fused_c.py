@@ -130,14 +130,14 @@ static void multiply(count rows, count depth, count columns, const real *a, coun
     for (count left = columns; left > 0; left -= PANEL, b += depth * PANEL, c += PANEL) {
         const char *next = (const char *)(single ? c + ROWS * c_row : b + depth * PANEL);
         count row = 0;
-#define TILE(some, vectors)                                                                                 \
-    multiply_tile(some, vectors, depth, a + row * a_row, a_row, a_depth, b, c + row * c_row, c_row, add,    \
+#define TILE(some, vectors)                                                                              \
+    multiply_tile(some, vectors, depth, a + row * a_row, a_row, a_depth, b, c + row * c_row, c_row, add, \
                   next + row / ROWS * step, step / depth)
-#define TILES(vectors)                                                       \
-    {                                                                        \
-        for (; row + ROWS <= rows; row += ROWS) TILE(ROWS, vectors);         \
-        for (; row + 2 <= rows; row += 2) TILE(2, vectors);                  \
-        if (row < rows) TILE(1, vectors);                                    \
+#define TILES(vectors)                                               \
+    {                                                                \
+        for (; row + ROWS <= rows; row += ROWS) TILE(ROWS, vectors); \
+        for (; row + 2 <= rows; row += 2) TILE(2, vectors);          \
+        if (row < rows) TILE(1, vectors);                            \
     }
         if (left > (VECTORS - 1) * LANES) TILES(VECTORS)
 #if VECTORS == 4
@@ -393,7 +393,7 @@ static void backward_block(const call *c, block at, count thread) {
             for (count first = 0; first < columns; first += PANEL) {  /* in one piece: its rows are far apart */
                 EACH_ROW memcpy(panel + row * PANEL, product + row * wider + first, PANEL * sizeof(real));
                 count some = columns - first < PANEL ? columns - first : PANEL;
-                real *to = grad_weight + first / 64 * 64 * size + first % 64;
+                real *to = grad_weight + first / 64 * 64 * size + first % 64;  /* 64 columns of each row lie together */
                 multiply(size, at.rows, some, before, 1, before_row, panel, to, 64, 1);
             }
         }
