@@ -48,10 +48,11 @@ def plot_curves(curves: dict[str, dict[str, list]], metric: str, path: Path) -> 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots()
     values = []
-    for name, rows in curves.items():
+    for index, (name, rows) in enumerate(curves.items()):
         points = [(row["seconds"], row[metric]) for row in rows["evaluation"] if row["seconds"] is not None]
         values += [value for _, value in points]
-        axes.plot([seconds for seconds, _ in points], [value for _, value in points], ".-", label=name)
+        style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--"}
+        axes.plot([seconds for seconds, _ in points], [value for _, value in points], marker=".", label=name, **style)
     if values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
     axes.set(xlabel="seconds of training", ylabel=f"{metric.replace('_', ' ')}, validation")
