@@ -190,7 +190,7 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         recipe: a folder of `configuration/` by name, or the path of any folder with the two files.
         overrides: `section.key=value` in TOML, where a bare word is a string and the section `model` is `config.json`;
-            `model={model_type = "recurrent", ...}` replaces the whole of `config.json`.
+            `model={model_type = "recurrent", ...}` replaces the whole of `config.json`, `averaging={}` that section.
 
     Raises:
         ValueError, FileNotFoundError: the recipe is no such folder, a file is missing or cannot be parsed, or a
@@ -272,7 +272,7 @@ def parse_file(path: Path, loads) -> dict[str, Any]:
 def _override(override: str, model: dict[str, Any], sections: dict[str, Any]) -> None:
     key, equals, text = override.partition("=")
     section, dot, name = key.strip().partition(".")
-    if not (equals and (dot and name or key.strip() == "model")):
+    if not (equals and (name if dot else section in ("model", *SECTIONS))):
         raise ValueError(f"--set {override!r} must read section.key=value, such as training.learning_rate=1e-3")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
@@ -281,8 +281,11 @@ def _override(override: str, model: dict[str, Any], sections: dict[str, Any]) ->
     if not dot:
         if not isinstance(value, dict):
             raise ValueError(f'--set {override!r} must be a table, such as model={{model_type = "recurrent"}}')
-        model.clear()
-        model.update(value)
+        if section == "model":
+            model.clear()
+            model.update(value)
+        else:
+            sections[section] = value
     elif section == "model":
         model[name] = value
     else:

@@ -51,6 +51,15 @@ def test_overrides_reach_every_section_and_the_model(recipe):
     assert read.report.metrics == ["perplexity"]
 
 
+def test_an_override_replaces_a_whole_section(recipe):
+    overrides = ["averaging.decay=0.9", "averaging={}", "budget={max_seconds = 30}", "budget.clock=processor"]
+    read = read_recipe(recipe, overrides)
+    assert read.averaging.decay is None
+    assert dict(read.sections["budget"]) == {"max_seconds": 30, "clock": "processor"}
+    read.save(recipe)
+    assert read_recipe(recipe).sections == read.sections
+
+
 def test_a_saved_recipe_reads_back_with_its_overrides(recipe):
     read = read_recipe(
         recipe, ["task.window=41", 'data.train=["ä \\"b\\".txt"]', "training.lr_scheduler_kwargs={a=1.5}"]
@@ -96,6 +105,9 @@ def test_a_recipe_is_frozen(recipe):
         ("trainning.seed=3", "--set names the section `trainning`, which is not known; did you mean `training`"),
         ("learning_rate=3", "must read section.key=value"),
         ("training.seed", "must read section.key=value"),
+        ("averaging", "must read section.key=value"),
+        ("averaging=off", "--set 'averaging=off' must be a table, such as"),
+        ("task={}", "`task.name` is missing"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_remedy(recipe, override, message):
