@@ -33,7 +33,10 @@ class ReusedMemory:
         size = count * like.element_size()
         if size < LARGE or torch.are_deterministic_algorithms_enabled():  # which has it filled
             return like.new_empty(shape)
-        lent = memoryview(self._take(size))
+        try:
+            lent = memoryview(self._take(size))
+        except OSError:  # the system has no such piece; what malloc still holds may do, and PyTorch's error is known
+            return like.new_empty(shape)
         weakref.finalize(lent, self.shelf.append, lent.obj).atexit = False
         return torch.frombuffer(lent, dtype=like.dtype, count=count).view(shape)
 

@@ -50,6 +50,13 @@ def test_small_tensors_and_other_types_are_as_asked_for():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+def test_where_the_system_gives_none_pytorch_is_asked():
+    memory = ReusedMemory()
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):  # what Trainer's auto_find_batch_size looks for
+        memory.empty(FLOATS, 2**60)
+    assert memory.empty(FLOATS, COUNT).fill_(1).sum() == COUNT
+
+
 def test_a_child_process_has_its_own():
     memory = ReusedMemory()
     numbers = memory.empty(FLOATS, COUNT).zero_()
