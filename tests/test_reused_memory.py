@@ -49,7 +49,6 @@ def test_small_tensors_and_other_types_are_as_asked_for():
     assert not memory.shelf
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_where_the_system_gives_none_pytorch_is_asked():
     memory = ReusedMemory()
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):  # what Trainer's auto_find_batch_size looks for
@@ -57,6 +56,7 @@ def test_where_the_system_gives_none_pytorch_is_asked():
     assert memory.empty(FLOATS, COUNT).fill_(1).sum() == COUNT
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 def test_a_child_process_has_its_own():
     memory = ReusedMemory()
     numbers = memory.empty(FLOATS, COUNT).zero_()
