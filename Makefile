@@ -1,4 +1,6 @@
-# Everything runs in .venv, which the first target that needs it makes. PYTHON chooses the interpreter for it.
+# Everything runs in .venv, and the tests in .venv-test; the first target that needs one makes it. PYTHON chooses the
+# interpreter for both. The tests have an environment of their own because libraries that only they need are imported by
+# Transformers wherever they are installed: torchao prints a dozen lines in every command beside a CPU build of torch.
 PYTHON ?= python3
 # Seconds that `make demo` trains.
 DEMO_SECONDS ?= 240
@@ -8,6 +10,7 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 
 VENV := .venv
+TEST_VENV := .venv-test
 RUN := $(VENV)/bin/python
 DEMO := runs/demo
 
@@ -20,18 +23,15 @@ help:  ## list the targets
 install: $(VENV)/.installed  ## make .venv with the pinned versions of requirements.txt and this package, editable
 
 # The same with what the tests and the style check need.
-install-test: $(VENV)/.installed-test
+install-test: $(TEST_VENV)/.installed
 
-$(VENV)/.installed: requirements.txt pyproject.toml
+$(TEST_VENV)/.installed: requirements-test.txt
+$(VENV)/.installed $(TEST_VENV)/.installed: %/.installed: requirements.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, $(PYTHON) is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $*
 	@# torch first, alone: the build that is already at hand is taken, and nothing after it fetches another
-	$(VENV)/bin/pip install --quiet "$$(grep '^torch==' requirements.txt)"
-	$(VENV)/bin/pip install --quiet --requirement requirements.txt --editable '.[train]'
-	@touch $@
-
-$(VENV)/.installed-test: $(VENV)/.installed requirements-test.txt
-	$(VENV)/bin/pip install --quiet --requirement requirements-test.txt
+	$*/bin/pip install --quiet "$$(grep '^torch==' requirements.txt)"
+	$*/bin/pip install --quiet $(patsubst %,--requirement %,$(filter requirements%,$^)) --editable '.[train]'
 	@touch $@
 
 demo: install  ## train on the standard library's source for DEMO_SECONDS, score, reload, and write some code
@@ -46,15 +46,15 @@ reproduce-cpu reproduce-gpu: reproduce-%: install
 	  $(if $(ONLY),--only $(ONLY))
 
 test: install-test  ## run the tests; slow ones with PYTEST_ARGS="-m slow"
-	OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 lint: install-test  ## check style and formatting
-	$(VENV)/bin/ruff check .
-	$(VENV)/bin/ruff format --check .
+	$(TEST_VENV)/bin/ruff check .
+	$(TEST_VENV)/bin/ruff format --check .
 
 format: install-test  ## repair style and formatting where that can be done
-	$(VENV)/bin/ruff check --fix .
-	$(VENV)/bin/ruff format .
+	$(TEST_VENV)/bin/ruff check --fix .
+	$(TEST_VENV)/bin/ruff format .
 
 clean:  ## remove what make, the tests and training wrote here
-	rm -rf $(VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TEST_VENV) runs .pytest_cache .ruff_cache

@@ -25,6 +25,7 @@ from transformers.utils import TransformersKwargs
 
 from .configuration_rtransformer import RTransformerConfig
 from .head_shard import HeadShard
+from .library_versions import accepts_both_cache_names
 from .local_rnn import LocalRNN
 from .recurrence_encoding import RecurrenceEncoding
 
@@ -67,16 +68,16 @@ def make_layer_norm(config: RTransformerConfig) -> nn.LayerNorm:
     return layer_norm(config.hidden_size, eps=config.layer_norm_eps)
 
 
-def wait_for_offloaded(past_key_values: Cache | None, layer_idx: int, device: torch.device) -> None:
+def wait_for_offloaded(cache: Cache | None, layer_idx: int, device: torch.device) -> None:
     """
     Have what an offloading cache keeps for a block back on its device before the block reads it.
 
     The cache brings it back on a stream of its own and waits for that stream when keys and values are added, which is
     after the windows were read; in a model of one block it does not wait at all.
     """
-    if past_key_values is not None and past_key_values.offloading and layer_idx < len(past_key_values.layers):
-        torch.cuda.current_stream(device).wait_stream(past_key_values.prefetch_stream)
-        past_key_values.layers[layer_idx].prefetch()
+    if cache is not None and cache.offloading and layer_idx < len(cache.layers):
+        torch.cuda.current_stream(device).wait_stream(cache.prefetch_stream)
+        cache.layers[layer_idx].prefetch()
 
 
 class RTransformerLocalRNN(nn.Module):
@@ -103,11 +104,11 @@ class RTransformerLocalRNN(nn.Module):
         hidden_states: torch.Tensor,  # (B, T, D)
         padding_mask: torch.Tensor | None = None,  # (B, T), 0 where padded
         segment_ids: torch.Tensor | None = None,  # (B, T)
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         if padding_mask is not None:
             hidden_states = hidden_states * padding_mask[..., None].to(hidden_states.dtype)
-        outputs = self._run(self.rnn, hidden_states, padding_mask, segment_ids, past_key_values)
+        outputs = self._run(self.rnn, hidden_states, padding_mask, segment_ids, cache)
         if self.reverse_rnn is not None:
             turned = (None if tensor is None else tensor.flip(1) for tensor in (padding_mask, segment_ids))
             outputs = outputs + self._run(self.reverse_rnn, hidden_states.flip(1), *turned).flip(1)
@@ -119,34 +120,32 @@ class RTransformerLocalRNN(nn.Module):
         hidden_states: torch.Tensor,
         padding_mask: torch.Tensor | None,
         segment_ids: torch.Tensor | None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """`(B, T, D)`: the LocalRNN from left to right, after what the cache has of the inputs before."""
         if self.padded_with_zeros or self.window == 1:
-            return rnn(self._with_window_before(hidden_states, past_key_values), segment_ids)
-        is_first = past_key_values is None or not past_key_values.has_previous_state(self.layer_idx, self.rnn_idx)
+            return rnn(self._with_window_before(hidden_states, cache), segment_ids)
+        is_first = cache is None or not cache.has_previous_state(self.layer_idx, self.rnn_idx)
         runs_over = is_first and segment_ids is None and rnn.can_run_over(hidden_states)
-        if runs_over and past_key_values is None:  # nothing reads the windows
+        if runs_over and cache is None:  # nothing reads the windows
             return rnn.over_sequence(hidden_states, padding_mask)
         present = torch.ones_like(hidden_states[..., :1])
         if padding_mask is not None:
             present = present * padding_mask[..., None].to(present.dtype)
-        windows = self._with_window_before(torch.cat([hidden_states, present], dim=-1), past_key_values)
+        windows = self._with_window_before(torch.cat([hidden_states, present], dim=-1), cache)
         if runs_over:
             return rnn.over_sequence(hidden_states, padding_mask)
         return rnn(windows[..., :-1], segment_ids, started=(windows[..., -1] != 0).cumsum(1) > 0)
 
-    def _with_window_before(self, hidden_states: torch.Tensor, past_key_values: Cache | None = None) -> torch.Tensor:
+    def _with_window_before(self, hidden_states: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """`(B, K - 1 + T, D)`: the K - 1 inputs before, which are zeros at the beginning, then the T inputs."""
-        if past_key_values is None or self.window == 1:
+        if cache is None or self.window == 1:
             return F.pad(hidden_states, (0, 0, self.window - 1, 0))
         needed = self.window - 1 + hidden_states.shape[1]
         inputs = hidden_states.transpose(1, 2)
-        if not past_key_values.has_previous_state(self.layer_idx, self.rnn_idx):
+        if not cache.has_previous_state(self.layer_idx, self.rnn_idx):
             inputs = F.pad(inputs, (self.window - 1, 0))  # here, where the cache would make short inputs a special case
-        states = past_key_values.update_conv_state(
-            inputs, self.layer_idx, state_idx=self.rnn_idx, conv_kernel_size=self.window
-        )
+        states = cache.update_conv_state(inputs, self.layer_idx, state_idx=self.rnn_idx, conv_kernel_size=self.window)
         return states[..., -needed:].transpose(1, 2)
 
 
@@ -178,7 +177,7 @@ class RTransformerAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,  # (B, T), 0 where padded
         segment_ids: torch.Tensor | None = None,  # (B, T)
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -193,13 +192,13 @@ class RTransformerAttention(nn.Module):
         if self.recurrence is not None and padding_mask is not None:
             value = value * padding_mask[:, None, :, None].to(value.dtype)
         positions = None
-        if past_key_values is not None:
+        if cache is not None:
             # Read before `update`, which counts on in place.
-            past_length = past_key_values.get_seq_length(self.layer_idx)
+            past_length = cache.get_seq_length(self.layer_idx)
             positions = past_length + torch.arange(input_shape[1], device=hidden_states.device)
             if isinstance(past_length, int) and past_length == 0:
                 positions = None
-            key, value_states = past_key_values.update(key, value, self.layer_idx)
+            key, value_states = cache.update(key, value, self.layer_idx)
         else:
             value_states = value
 
@@ -256,21 +255,22 @@ class RTransformerBlock(GradientCheckpointingLayer):
         self.mlp_norm = make_layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
+    @accepts_both_cache_names
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         padding_mask: torch.Tensor | None = None,
         segment_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        wait_for_offloaded(past_key_values, self.self_attn.layer_idx, hidden_states.device)
+        wait_for_offloaded(cache, self.self_attn.layer_idx, hidden_states.device)
         for norm, local_rnn in zip(self.local_rnn_norms, self.local_rnns):
-            update = local_rnn(norm(hidden_states), padding_mask, segment_ids, past_key_values)
+            update = local_rnn(norm(hidden_states), padding_mask, segment_ids, cache)
             hidden_states = hidden_states + self.dropout(update)
         update, _ = self.self_attn(
-            self.self_attn_norm(hidden_states), attention_mask, padding_mask, segment_ids, past_key_values, **kwargs
+            self.self_attn_norm(hidden_states), attention_mask, padding_mask, segment_ids, cache, **kwargs
         )
         hidden_states = hidden_states + self.dropout(update)
         return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))

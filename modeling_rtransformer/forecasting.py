@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .classification import pool
 from .configuration_rtransformer import RTransformerConfig
+from .library_versions import BaseModelOutputWithPast
 from .modeling_rtransformer import RTransformerModel, RTransformerPreTrainedModel
 
 

@@ -22,11 +22,7 @@ from transformers.masking_utils import (
     create_recurrent_attention_mask,
     packed_sequence_mask_function,
 )
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    MaskedLMOutput,
-)
+from transformers.modeling_outputs import MaskedLMOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
@@ -36,12 +32,22 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .block import RTransformerAttention, RTransformerBlock, make_layer_norm
 from .configuration_rtransformer import RTransformerConfig
+from .library_versions import (
+    CACHE_NAMES,
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    accepts_both_cache_names,
+    named_cache,
+    refuse_unknown_arguments,
+)
 from .local_rnn import GateProjection
 from .positions import packed_segment_ids, positions_in_sequence, sinusoidal_positions
 from .recurrence_encoding import RecurrenceEncoding
 
 
 logger = logging.get_logger(__name__)
+
+INPUTS = ("input_ids", "attention_mask", "position_ids", *CACHE_NAMES, "inputs_embeds", "input_values", "labels")
 
 
 def check_ids(name: str, ids: torch.Tensor, size: int, what: str) -> None:
@@ -65,7 +71,7 @@ class RTransformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RTransformerBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -134,6 +140,7 @@ class RTransformerModel(RTransformerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @accepts_both_cache_names
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -141,7 +148,7 @@ class RTransformerModel(RTransformerPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         input_values: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
@@ -158,12 +165,13 @@ class RTransformerModel(RTransformerPreTrainedModel):
             position_ids (`(B, T)`, *optional*):
                 Used by sinusoidal embeddings; positions that start over mark packed sequences, as do the arguments
                 `seq_idx` `(B, T)` and `cu_seq_lens_q` of the padding-free collators.
-            past_key_values (`Cache`, *optional*): keys, values and LocalRNN windows of the past.
+            cache (`Cache`, *optional*): keys, values and LocalRNN windows of the past.
 
         Raises:
             ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary, a cache
                 that has no room for LocalRNN windows or has lost them.
         """
+        refuse_unknown_arguments(kwargs, INPUTS)
         inputs_embeds = self._embed(input_ids, inputs_embeds, input_values)
         batch, length = inputs_embeds.shape[:2]
         if kwargs.get("is_causal", self.config.is_causal) != self.layers[0].self_attn.is_causal:
@@ -172,14 +180,14 @@ class RTransformerModel(RTransformerPreTrainedModel):
                 f"(a LocalRNN has its directions built in), got {kwargs['is_causal']}"
             )
         if not self.config.is_causal:
-            if past_key_values is not None:
-                raise ValueError("`past_key_values` needs a causal model, but `config.is_causal` is False")
+            if cache is not None:
+                raise ValueError("`cache` needs a causal model, but `config.is_causal` is False")
             use_cache = False
-        if past_key_values is not None:
-            self._check_windows(past_key_values)
+        if cache is not None:
+            self._check_windows(cache)
 
         segment_ids = None
-        if past_key_values is None:
+        if cache is None:
             seq_idx, cu_seq_lens = kwargs.get("seq_idx"), kwargs.get("cu_seq_lens_q")
             segment_ids = packed_segment_ids(
                 batch,
@@ -188,15 +196,15 @@ class RTransformerModel(RTransformerPreTrainedModel):
                 seq_idx=seq_idx,
                 cu_seq_lens=cu_seq_lens,
             )
-        if use_cache and past_key_values is None and segment_ids is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None and segment_ids is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
             is_padding = isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2
             position_ids = positions_in_sequence(
                 length,
                 attention_mask=attention_mask if is_padding else None,
                 segment_ids=segment_ids,
-                past_length=0 if past_key_values is None else past_key_values.get_seq_length(),
+                past_length=0 if cache is None else cache.get_seq_length(),
                 device=inputs_embeds.device,
             )
 
@@ -209,7 +217,7 @@ class RTransformerModel(RTransformerPreTrainedModel):
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                **named_cache(cache),
                 and_mask_function=None if segment_ids is None else packed_sequence_mask_function(segment_ids),
             )
 
@@ -225,13 +233,13 @@ class RTransformerModel(RTransformerPreTrainedModel):
                 attention_mask=attention_mask,
                 padding_mask=padding_mask,
                 segment_ids=segment_ids,
-                past_key_values=past_key_values,
+                **named_cache(cache),
                 position_ids=position_ids,
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named_cache(cache))
 
-    def _check_windows(self, past_key_values: Cache) -> None:
+    def _check_windows(self, cache: Cache) -> None:
         """
         Raise a ValueError if the cache has no room for LocalRNN windows, or has keys without the windows that belong to
         them, from which the outputs would be wrong without a sign. No tensor's values are looked at: a static cache,
@@ -239,22 +247,20 @@ class RTransformerModel(RTransformerPreTrainedModel):
         """
         if "hybrid" not in self.config.layer_types:
             return
-        if not past_key_values.layers or not isinstance(past_key_values.layers[0], LinearAttentionCacheLayerMixin):
+        if not cache.layers or not isinstance(cache.layers[0], LinearAttentionCacheLayerMixin):
             raise ValueError(
-                "`past_key_values` must have room for the LocalRNNs' windows, as `DynamicCache(config=model.config)` "
-                f"has, got a {type(past_key_values).__name__} of keys and values alone"
+                "`cache` must have room for the LocalRNNs' windows, as `DynamicCache(config=model.config)` "
+                f"has, got a {type(cache).__name__} of keys and values alone"
             )
-        if (
-            past_key_values.offloading and past_key_values.is_linear[0]
-        ):  # so Transformers takes static layers with windows
+        if cache.offloading and cache.is_linear[0]:  # Transformers before 5.24 counts static layers with windows so
             raise ValueError(
-                "an offloaded static cache has no room for the LocalRNNs' windows in Transformers; use "
+                "an offloaded static cache has no room for the LocalRNNs' windows before Transformers 5.24; use "
                 "`cache_implementation` 'offloaded', or 'static' without offloading"
             )
-        past_length = past_key_values.get_seq_length(0)
-        if isinstance(past_length, int) and past_length > 0 and not past_key_values.has_previous_state(0):
+        past_length = cache.get_seq_length(0)
+        if isinstance(past_length, int) and past_length > 0 and not cache.has_previous_state(0):
             raise ValueError(
-                f"`past_key_values` must hold the LocalRNNs' windows with the keys and values of its {past_length} "
+                f"`cache` must hold the LocalRNNs' windows with the keys and values of its {past_length} "
                 "positions, got none, as in a cache made again from the (key, value) pairs of another; pass that other "
                 "cache itself"
             )
@@ -296,6 +302,7 @@ class RTransformerModel(RTransformerPreTrainedModel):
 class RTransformerForCausalLM(RTransformerPreTrainedModel, GenerationMixin):
     """A causal language model: the next token's logits at each position."""
 
+    generate = accepts_both_cache_names(GenerationMixin.generate)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -307,11 +314,12 @@ class RTransformerForCausalLM(RTransformerPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @staticmethod
+    @accepts_both_cache_names
     def create_masks_for_generate(
         config: RTransformerConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor | None]:
         """Both masks for a compiled `generate`: the REM needs the padding too where no LocalRNN asks for it."""
@@ -319,20 +327,21 @@ class RTransformerForCausalLM(RTransformerPreTrainedModel, GenerationMixin):
             "config": config,
             "inputs_embeds": inputs_embeds,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            **named_cache(cache),
         }
         return {
             "full_attention": create_causal_mask(**mask_kwargs),
             "linear_attention": create_recurrent_attention_mask(**mask_kwargs),
         }
 
+    @accepts_both_cache_names
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         input_values: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -356,7 +365,7 @@ class RTransformerForCausalLM(RTransformerPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             input_values=input_values,
             use_cache=use_cache,
@@ -370,7 +379,7 @@ class RTransformerForCausalLM(RTransformerPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **named_cache(outputs.cache),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

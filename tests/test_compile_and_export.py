@@ -7,6 +7,7 @@ from packaging.version import Version
 from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 
 from modeling_rtransformer import RTransformerForCausalLM, RTransformerForSequenceClassification
+from modeling_rtransformer.library_versions import named_cache
 from tests.conftest import tiny_config
 
 
@@ -69,7 +70,7 @@ def test_going_on_with_a_cache_has_no_graph_breaks(variant, cache_class):
     compiled = torch.compile(model, fullgraph=True, backend="eager")  # a graph break would be an error
     cache = cache_class(config=model.config, **({"max_cache_len": 20} if cache_class is StaticCache else {}))
     with torch.no_grad():
-        parts = [compiled(part, past_key_values=cache).logits for part in ids.split([3, 1, 1, 6], dim=1)]
+        parts = [compiled(part, cache=cache).logits for part in ids.split([3, 1, 1, 6], dim=1)]
         torch.testing.assert_close(torch.cat(parts, dim=1), model(ids).logits, **CLOSE)
 
 
@@ -141,7 +142,7 @@ def test_onnxruntime_gives_what_we_give(variant, model_class, tmp_path):
 def greedy_through_the_graphs(runners, cache, ids, mask, steps):
     """The likeliest token each time: the first from the graph of the prompt, the others from the graph of a step."""
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids, "past_key_values": cache}
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids, **named_cache(cache)}
     output = runners["prefill"](**inputs)
     tokens = [output.logits[:, -1:].argmax(-1)]
     while len(tokens) < steps:
@@ -150,7 +151,7 @@ def greedy_through_the_graphs(runners, cache, ids, mask, steps):
             input_ids=tokens[-1],
             attention_mask=mask,
             position_ids=(mask.cumsum(-1) - 1)[:, -1:],
-            past_key_values=output.past_key_values,
+            **named_cache(output.cache),  # the name of the graph's input is the one that `generate` passes
         )
         tokens.append(output.logits[:, -1:].argmax(-1))
     return torch.cat(tokens, dim=1)

@@ -153,7 +153,7 @@ def test_cached_decoding_equals_the_full_forward_at_every_step(variant, attentio
     for chunks in ([1] * LENGTH, [6] + [1] * (LENGTH - 6), [2, 7, 1, 13]):
         cache, logits = DynamicCache(config=model.config), []
         for chunk in ids.split(chunks, dim=1):
-            logits.append(model(chunk, past_key_values=cache).logits)
+            logits.append(model(chunk, cache=cache).logits)
         torch.testing.assert_close(torch.cat(logits, dim=1), full, **CLOSE)
 
 
@@ -163,7 +163,7 @@ def test_a_text_longer_than_a_long_window_is_decoded_alike():
     ids = random_ids(2, model.config.local_window + 9)
     cache, logits = DynamicCache(config=model.config), []
     for chunk in ids.split([model.config.local_window - 3] + [1] * 12, dim=1):
-        logits.append(model(chunk, past_key_values=cache).logits)
+        logits.append(model(chunk, cache=cache).logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, **CLOSE)
 
 
@@ -172,7 +172,7 @@ def test_a_static_cache_gives_the_same(variant):
     ids = random_ids(2, LENGTH)
     cache, logits = StaticCache(config=model.config, max_cache_len=LENGTH + 8), []
     for chunk in ids.split([6, 1, 1, 9, 6], dim=1):
-        logits.append(model(chunk, past_key_values=cache).logits)
+        logits.append(model(chunk, cache=cache).logits)
     torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, **CLOSE)
 
 
@@ -452,8 +452,8 @@ class TestBadInput:
 
     def test_a_bidirectional_model_takes_no_cache(self):
         model = causal_lm(is_causal=False)
-        with pytest.raises(ValueError, match="`past_key_values` needs a causal model"):
-            model(random_ids(1, 3), past_key_values=DynamicCache(config=model.config))
+        with pytest.raises(ValueError, match="`cache` needs a causal model"):
+            model(random_ids(1, 3), cache=DynamicCache(config=model.config))
 
     def test_the_directions_are_built_in(self):
         with pytest.raises(ValueError, match="`is_causal` must be True, .* got False"):

@@ -17,7 +17,7 @@ REM_KINDS = ["regular", "regular", "first_cyclical", "second_cyclical", "none", 
 
 @torch.no_grad()
 def decode_one(model, token, cache):
-    model(token, past_key_values=cache, use_cache=True)
+    model(token, cache=cache, use_cache=True)
 
 
 def build_decoding(size, layers, context, device, small):
@@ -39,7 +39,7 @@ def build_decoding(size, layers, context, device, small):
         model.to(device).eval()
         prompt = torch.randint(1000, (1, context), device=device)
         with torch.no_grad():
-            cache = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
+            cache = model(prompt, use_cache=True, logits_to_keep=1).cache
         functions.append(partial(decode_one, model, prompt[:, :1], cache))
     return tuple(functions)
 

@@ -1,0 +1,124 @@
+"""The cache under both of its names, and arguments that no model has, in every supported version of Transformers."""
+
+import warnings
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.utils import logging
+
+import modeling_rtransformer
+from modeling_rtransformer import (
+    RTransformerForCausalLM,
+    RTransformerForSequenceClassification,
+    RTransformerModel,
+)
+from modeling_rtransformer.library_versions import CACHE_NAME, CACHE_NAMES, NEWEST_TESTED, warn_if_untested
+from tests.conftest import tiny_config
+
+
+WITH_CACHE = [RTransformerModel, RTransformerForCausalLM, RTransformerForSequenceClassification]
+HEADS = [getattr(modeling_rtransformer, name) for name in modeling_rtransformer.__all__ if "For" in name]
+DEPRECATED = [] if CACHE_NAME == "past_key_values" else ["past_key_values"]
+
+
+def make(model_class, variant="gru-and-rsa", **fields):
+    return model_class(tiny_config(variant, **fields)).eval()
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 37, (2, 9))
+
+
+@pytest.fixture
+def log(monkeypatch, caplog):
+    """What Transformers logs, each warning as if it were the first."""
+    logger = logging.get_logger("transformers")
+    monkeypatch.setattr(logger, "propagate", True)
+    logging.warning_once.cache_clear()
+    return caplog
+
+
+@pytest.mark.parametrize("cache_class", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@pytest.mark.parametrize("model_class", WITH_CACHE)
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_a_cache_is_filled_and_read_under_both_names(model_class, name, cache_class, variant, ids):
+    model = make(model_class, variant, num_labels=3)
+    options = {"max_cache_len": 12} if cache_class is StaticCache else {}
+    cache = cache_class(config=model.config, **options)
+    first = model(ids[:, :5], **{name: cache})
+    assert int(cache.get_seq_length()) == 5
+    last = model(ids[:, 5:], **{name: cache})
+    torch.testing.assert_close(last[0][:, -1], model(ids, use_cache=False)[0][:, -1], rtol=1e-5, atol=1e-5)
+    for output in (first, last):
+        assert output.cache is output.past_key_values is output["cache"] is output["past_key_values"] is cache
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_generate_goes_on_with_a_cache_under_both_names(name, variant, ids):
+    model = make(RTransformerForCausalLM, variant)
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :-1], cache=cache)
+    options = {"do_sample": False, "max_new_tokens": 5}
+    expected = model.generate(ids, use_cache=False, **options)
+    assert model.generate(ids, **{name: cache}, **options).tolist() == expected.tolist()
+    assert cache.get_seq_length() == ids.shape[1] + 4
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_masks_are_made_with_a_cache_under_both_names(name, ids):
+    model = make(RTransformerForCausalLM)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    masks = model.create_masks_for_generate(model.config, model.model.embed_tokens(ids), mask, **{name: cache})
+    assert masks["full_attention"].shape[-2:] == (9, 12)
+    assert masks["linear_attention"].tolist() == mask.tolist()
+
+
+@pytest.mark.parametrize("model_class", WITH_CACHE)
+def test_the_old_name_gives_the_librarys_warning_from_5_24_on(model_class, ids):
+    model = make(model_class)
+    for name in CACHE_NAMES:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(ids, **{name: DynamicCache(config=model.config)})
+        told = [str(warning.message) for warning in caught if warning.category is FutureWarning]
+        expected = [
+            f"`past_key_values` is deprecated and will be removed in version 5.40.0 for `{model_class.__name__}"
+        ]
+        assert [text.split(".forward")[0] for text in told] == (expected if name in DEPRECATED else [])
+
+
+@pytest.mark.parametrize("model_class", WITH_CACHE)
+def test_a_cache_under_both_names_at_once_is_refused(model_class, ids):
+    model = make(model_class)
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="`cache`.*`past_key_values`|`past_key_values`.*`cache`"):
+        model(ids, cache=cache, past_key_values=cache)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("name, meant", [("atention_mask", "attention_mask"), ("past_key_vaules", "past_key_values")])
+@pytest.mark.parametrize("model_class", [RTransformerModel, *HEADS], ids=lambda model_class: model_class.__name__)
+def test_an_argument_that_no_model_has_is_refused(model_class, name, meant, ids):
+    fields = {"num_labels": 3}
+    inputs = {"input_ids": ids}
+    if "TimeSeries" in model_class.__name__:
+        fields = {"num_input_features": 2, "prediction_length": 3}
+        inputs = {"past_values": torch.randn(2, 9, 2)}
+    model = make(model_class, **fields)
+    with pytest.raises(TypeError, match=f"`{name}` is not an argument of this model; did you mean `{meant}`"):
+        model(**inputs, **{name: None})
+
+
+def test_a_newer_version_than_the_newest_tested_says_so_once(log):
+    warn_if_untested(NEWEST_TESTED + ".1")
+    assert log.text == ""
+    for _ in range(2):
+        warn_if_untested("5.99.0")
+    assert log.text.count(f"Transformers 5.99.0 is newer than {NEWEST_TESTED}") == 1
