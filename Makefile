@@ -35,14 +35,14 @@ $(VENV)/.installed $(TEST_VENV)/.installed: %/.installed: requirements.txt pypro
 	@touch $@
 
 demo: install  ## train on the standard library's source for DEMO_SECONDS, score, reload, and write some code
-	$(RUN) scripts/train.py stdlib-code --output-dir $(DEMO) --resume --set budget.max_seconds=$(DEMO_SECONDS)
-	$(RUN) scripts/generate.py $(DEMO)/final --prompt "class Reader(" --max-new-tokens 600
+	$(RUN) -m scripts.train stdlib-code --output-dir $(DEMO) --resume --set budget.max_seconds=$(DEMO_SECONDS)
+	$(RUN) -m scripts.generate $(DEMO)/final --prompt "class Reader(" --max-new-tokens 600
 
 reproduce-cpu:  ## make the CPU runs of docs/RESULTS.md anew, or those of ONLY=table/row; goes on where it was stopped
 reproduce-gpu:  ## the same of the runs for a GPU
 reproduce-cpu reproduce-gpu: reproduce-%: install
 	$(VENV)/bin/pip install --quiet --editable '.[train,baselines]'
-	$(RUN) scripts/report.py --run $* --runs runs/$@ --results runs/$@/results --output runs/$@/RESULTS.md \
+	$(RUN) -m scripts.report --run $* --runs runs/$@ --results runs/$@/results --output runs/$@/RESULTS.md \
 	  $(if $(ONLY),--only $(ONLY))
 
 test: install-test  ## run the tests; slow ones with PYTEST_ARGS="-m slow"

@@ -1,34 +1,29 @@
 """
 Measure how fast the LocalRNN, the REM and the models are, each as a ratio to something else in the same run.
 
-    python scripts/benchmark.py                             # everything, on the GPU if there is one
-    python scripts/benchmark.py --only "LocalRNN gru"       # the rows whose name has these words
-    python scripts/benchmark.py --resume                    # go on with a run that was cut short
-    python scripts/benchmark.py --compare HEAD~3            # the same rows, with the package as it was then
+    python -m scripts.benchmark                             # everything, on the GPU if there is one
+    python -m scripts.benchmark --only "LocalRNN gru"       # the rows whose name has these words
+    python -m scripts.benchmark --resume                    # go on with a run that was cut short
+    python -m scripts.benchmark --compare HEAD~3            # the same rows, with the package as it was then
 
 Times are medians of calls by turns, peak memory is what one call adds in a fresh process. Rows are written to
 results.json in the output folder (runs/benchmark-<device>) as they are done, with machine and versions; at the end come
 table.md and length.png, time and memory against the length. Progress goes to stderr, the table to stdout.
 """
 
-import sys
-from pathlib import Path
-
-
-if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import json
 import os
 import subprocess
+import sys
 import tempfile
+from pathlib import Path
 
 import torch
 
 from scripts.benchmarks import attention, local_rnn, models
 from scripts.benchmarks.measuring import Case, measure, roofline
-from scripts.provenance import commit, machine, versions
+from scripts.results.provenance import commit, machine, versions
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -1,35 +1,29 @@
 """
 Estimate what training a recipe needs of each of N GPUs: memory, arithmetic and bytes sent, and which settings fit.
 
-    python scripts/estimate.py stdlib-code --gpus 8
-    python scripts/estimate.py stdlib-code --gpus 64 --sequence-length 131072 --batch 1 --set model.hidden_size=2048
-    python scripts/estimate.py stdlib-code --gpus 8 --strategy fsdp2 --json
+    python -m scripts.estimate stdlib-code --gpus 8
+    python -m scripts.estimate stdlib-code --gpus 64 --sequence-length 131072 --batch 1 --set model.hidden_size=2048
+    python -m scripts.estimate stdlib-code --gpus 8 --strategy fsdp2 --json
 
-Computed, not measured: from the formulae of scripts/scaling.py, which tests hold against what processes really use.
+Computed, not measured: from the formulae of training/scaling.py, which tests hold against what processes really use.
 --batch is the rows of a GPU at a time. Without --strategy the first that fits is taken: ddp, hsdp (several machines),
 fsdp2, these with activation checkpointing, tensor-parallel. A tokenizer that is made from the data says its vocabulary
 only then: give it with --set model.vocab_size=N. The last line of stdout, and with --json the only one, is one JSON
 object.
 """
 
-import sys
-from pathlib import Path
-
-
-if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import dataclasses
 import json
 import math
+import sys
 
 from transformers import AutoModelForCausalLM
 
 from modeling_rtransformer import RTransformerConfig
-from scripts import scaling
-from scripts.recipe import Recipe, add_overrides, read_recipe
-from scripts.scaling import FLOAT32, Layout
+from scripts.training import scaling
+from scripts.training.recipe import Recipe, add_overrides, read_recipe
+from scripts.training.scaling import FLOAT32, Layout
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,32 +1,27 @@
 """
 Score a trained model on a split of its recipe's data.
 
-    python scripts/evaluate.py runs/stdlib-code/final
-    python scripts/evaluate.py runs/stdlib-code/final --split validation --set task.eval_window=512
+    python -m scripts.evaluate runs/stdlib-code/final
+    python -m scripts.evaluate runs/stdlib-code/final --split validation --set task.eval_window=512
 
 CHECKPOINT is the final/ of a run, or any model with the recipe's training.toml beside it. The split has to be there as
 it was in training: the same files, the same Python for stdlib-code. Progress goes to stderr. The last line of stdout is
 one JSON object with the metrics.
 """
 
-import sys
-from pathlib import Path
-
-
-if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import contextlib
 import json
+import sys
 import tempfile
+from pathlib import Path
 
 from transformers import AutoTokenizer, TrainingArguments
 
-from scripts.checkpoints import load_model
-from scripts.provenance import commit, machine, versions
-from scripts.recipe import add_overrides, read_recipe
-from scripts.scoring import make_trainer, score
+from scripts.results.provenance import commit, machine, versions
+from scripts.training.checkpoints import load_model
+from scripts.training.recipe import add_overrides, read_recipe
+from scripts.training.trainer import make_trainer, score
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

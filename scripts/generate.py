@@ -1,29 +1,23 @@
 """
 Write text with a trained language model.
 
-    python scripts/generate.py runs/stdlib-code/final --prompt "def read_file(path):"
-    python scripts/generate.py runs/stdlib-code/final --prompt "class " --temperature 0.9 --seed 3 --max-new-tokens 800
+    python -m scripts.generate runs/stdlib-code/final --prompt "def read_file(path):"
+    python -m scripts.generate runs/stdlib-code/final --prompt "class " --temperature 0.9 --seed 3 --max-new-tokens 800
 
 CHECKPOINT is the final/ of a run, or the name of a model on the Hub. The prompt opens a new document. The text goes to
 stdout; its last line is one JSON object with the prompt, the completion and the settings.
 """
 
-import sys
-from pathlib import Path
-
-
-if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import json
+import sys
 import time
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import modeling_rtransformer  # noqa: F401 - registers the model type
-from scripts.checkpoints import load_model
+from scripts.training.checkpoints import load_model
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -1,38 +1,32 @@
 """
 Show where the time of a recipe's training goes: before it begins, by the parts of a step, and by operations.
 
-    python scripts/profile_training.py stdlib-code
-    python scripts/profile_training.py ptb-char --steps 5 --set model.hidden_size=128 --trace runs/ptb-char.json
+    python -m scripts.profile_training stdlib-code
+    python -m scripts.profile_training ptb-char --steps 5 --set model.hidden_size=128 --trace runs/ptb-char.json
 
 The recipe is trained as by train.py for a few steps, each part of which is timed until the device has finished it, and
 then for as many under torch's profiler, for the operations. --trace keeps what the profiler saw, for a browser's
 chrome://tracing. Nothing else is written. The last line of stdout is the result as JSON on one line.
 """
 
-import sys
-from pathlib import Path
-
-
-if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import contextlib
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
-from scripts.faults import Watch
-from scripts.provenance import machine, versions
-from scripts.recipe import Recipe, add_overrides, read_recipe
-from scripts.scoring import make_trainer
-from scripts.trainer import RecipeTrainer
+from scripts.results.provenance import machine, versions
+from scripts.training.interruptions import Watch
+from scripts.training.recipe import Recipe, add_overrides, read_recipe
+from scripts.training.trainer import RecipeTrainer, make_trainer
 
 
 WARM_UP = 2  # steps that are not counted: the first makes what the others find

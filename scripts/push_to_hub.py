@@ -1,10 +1,10 @@
 """
 Push a trained model to the Hugging Face Hub, with its code, card and results.
 
-    python scripts/push_to_hub.py runs/stdlib-code/final someone/stdlib-code --dry-run look/
-    python scripts/push_to_hub.py runs/stdlib-code/final someone/stdlib-code --private
-    python scripts/push_to_hub.py runs/stdlib-code/final someone/stdlib-code --create-pr --message "Trained for longer"
-    python scripts/push_to_hub.py scripts/metrics/bits_per_character someone/bits_per_character
+    python -m scripts.push_to_hub runs/stdlib-code/final someone/stdlib-code --dry-run look/
+    python -m scripts.push_to_hub runs/stdlib-code/final someone/stdlib-code --private
+    python -m scripts.push_to_hub runs/stdlib-code/final someone/stdlib-code --create-pr --message "Trained for longer"
+    python -m scripts.push_to_hub scripts/metrics/bits_per_character someone/bits_per_character
 
 CHECKPOINT is the final/ of a run or any saved model of this package. What is pushed is one commit: the weights as they
 lie there, the package's code, the tokenizer, the recipe, the results and the card (hub_card.md filled in). --dry-run
@@ -16,25 +16,20 @@ name on the Hub has to be that of the folder.
 The last line of stdout is one JSON object with the repository, the commit and the files.
 """
 
-import sys
-from pathlib import Path
-
-
-if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import ast
 import json
 import shutil
+import sys
 import tempfile
+from pathlib import Path
 
 from huggingface_hub import HfApi, RepoCard, SpaceCardData
 from huggingface_hub.utils import validate_repo_id
 
 from modeling_rtransformer.hub_files import HUB_FILES, PICKLES
-from scripts.hub_folder import write_folder
-from scripts.hub_upload import PushError, upload_folder
+from scripts.sharing.folder import write_folder
+from scripts.sharing.upload import PushError, upload_folder
 
 
 # What an older push, or Trainer's own, may have left there and this one does not have.
@@ -89,7 +84,7 @@ def push(
     **options,
 ) -> dict:
     """
-    Write the folder of a model or a metric and push it; `options` as in [`scripts.hub_upload.upload_folder`].
+    Write the folder of a model or a metric and push it; `options` as in [`scripts.sharing.upload.upload_folder`].
 
     Raises:
         ValueError, OSError: the checkpoint cannot be pushed as it is.

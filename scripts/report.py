@@ -1,27 +1,21 @@
 """
 Make the tables of docs/RESULTS.md.
 
-    python scripts/report.py                                  # write them from the results that are there
-    python scripts/report.py --run cpu                        # first make every run of the suite that has no result
-    python scripts/report.py --run cpu --only etth1 nottingham/lstm
+    python -m scripts.report                                  # write them from the results that are there
+    python -m scripts.report --run cpu                        # first make every run of the suite that has no result
+    python -m scripts.report --run cpu --only etth1 nottingham/lstm
 
 configuration/tables.toml says which runs there are. A run goes to runs/report/, where it can be interrupted: the same
 command goes on with it. What it gave is kept in docs/results/, one JSON file a run: the result, the learning curve and,
 for RSA heads, the gates and eigenvalues. Baselines get as many parameters as the recipe's model and the same budget.
 """
 
-import sys
-from pathlib import Path
-
-
-ROOT = Path(__file__).resolve().parent.parent
-if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
-    sys.path[0] = str(ROOT)
-
 import argparse
 import contextlib
 import json
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -29,18 +23,19 @@ from transformers import AutoConfig
 
 from modeling_rtransformer import RTransformerConfig
 from scripts import train
-from scripts.checkpoints import load_model
-from scripts.match_parameters import count_parameters, match, read_baselines
-from scripts.model_card import gate_rows, head_of
-from scripts.plots import plot_curves, plot_gates
-from scripts.recipe import read_recipe
-from scripts.tables import Run, Table, markdown, read_tables, slug
+from scripts.results.parameter_matching import count_parameters, match, read_baselines
+from scripts.results.plots import plot_curves, plot_gates
+from scripts.results.tables import Run, Table, markdown, read_tables, slug
+from scripts.sharing.card import gate_rows, head_of
+from scripts.training.checkpoints import load_model
+from scripts.training.recipe import read_recipe
 
 
+ROOT = Path(__file__).resolve().parent.parent
 LOSSES = 200
 HEADER = """# Results
 
-Made by `python scripts/report.py` from `docs/results/`, where the file of each run has its settings, its curve and the
+Made by `python -m scripts.report` from `docs/results/`, where the file of each run has its settings, its curve and the
 gates that were learned; `make reproduce-cpu` repeats the runs that a CPU can make, `make reproduce-gpu` the others. The
 model of each run was chosen on the validation split and scored once on the test split. Baselines have the parameters of
 the recipe's own model, within 2 %, and its budget of time. Rows in plain type are what others report.

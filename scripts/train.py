@@ -1,10 +1,10 @@
 """
 Train a recipe, keep its best checkpoint and score it on held-out data.
 
-    python scripts/train.py stdlib-code
-    python scripts/train.py digits --output-dir runs/wide --set model.hidden_size=128 --set training.learning_rate=1e-3
-    python scripts/train.py stdlib-code --resume
-    accelerate launch --config_file configuration/accelerate/fsdp2.yaml scripts/train.py stdlib-code
+    python -m scripts.train stdlib-code
+    python -m scripts.train digits --output-dir runs/wide --set model.hidden_size=128 --set training.learning_rate=1e-3
+    python -m scripts.train stdlib-code --resume
+    accelerate launch --config_file configuration/accelerate/fsdp2.yaml -m scripts.train stdlib-code
 
 A recipe is a folder of configuration/ by name, or any folder with a config.json and a training.toml. The run goes to
 runs/<recipe>, or --output-dir: checkpoint-<step>/ while it trains, and final/ at the end, which has the best model, its
@@ -15,13 +15,6 @@ docs/SCALING.md has the ways to launch several processes. With --set training.pu
 training.hub_model_id) the checkpoints go to the Hub as they are made, and final/ with its card at the end.
 """
 
-import sys
-from pathlib import Path
-
-
-if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import contextlib
 import functools
@@ -29,16 +22,24 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NoReturn
 
 from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-from scripts.averaging import WeightAverage
-from scripts.budget import CLOCKS, EpochDrops, TimeBudget
-from scripts.checkpoints import newest_complete, put_in_place, restore_callbacks
-from scripts.faults import (
+from scripts.data.streaming import StreamedWindows, StreamError, StreamState
+from scripts.push_to_hub import push
+from scripts.results.plots import curve, plot_curve
+from scripts.results.provenance import commit, machine, versions
+from scripts.sharing.upload import PushError
+from scripts.tasks.prepared import Prepared
+from scripts.training.averaging import WeightAverage
+from scripts.training.budget import CLOCKS, EpochDrops, TimeBudget
+from scripts.training.checkpoints import newest_complete, put_in_place, restore_callbacks
+from scripts.training.interruptions import (
     NotFinite,
     Watch,
     full_disk_explained,
@@ -47,15 +48,9 @@ from scripts.faults import (
     require_writable,
     restart_count,
 )
-from scripts.hub_upload import PushError
-from scripts.parallel import attach, make_model, set_up, whole_model
-from scripts.plots import curve, plot_curve
-from scripts.provenance import commit, machine, versions
-from scripts.push_to_hub import push
-from scripts.recipe import Recipe, add_overrides, read_recipe
-from scripts.scoring import make_trainer, score
-from scripts.streaming import StreamedWindows, StreamError, StreamState
-from scripts.tasks.prepared import Prepared
+from scripts.training.launch import attach, make_model, set_up, whole_model
+from scripts.training.recipe import Recipe, add_overrides, read_recipe
+from scripts.training.trainer import make_trainer, score
 
 
 SMALLER_IS_BETTER = {"bits_per_character", "perplexity", "nats_per_frame", "mse", "mae"}
@@ -144,7 +139,7 @@ def push_final(trainer: Trainer, folder: Path) -> None:
     try:
         print(f"pushed to {push(folder, trainer.hub_model_id, **options)['url']}", file=sys.stderr)
     except (PushError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}. The run is saved in {folder}; push it with scripts/push_to_hub.py")
+        sys.exit(f"error: {error}. The run is saved in {folder}; push it with python -m scripts.push_to_hub")
 
 
 def stopped_by(number: signal.Signals, step: int, output_dir: Path) -> NoReturn:

@@ -40,7 +40,7 @@ def work(plan: list[dict], folder: Path, processes: int) -> None:
     ]
     launch += ["--num_processes", str(processes), "--main_process_port", "0"]
     done = subprocess.run(
-        [*launch, str(ROOT / "tests" / "parallel_worker.py"), str(path)],
+        [*launch, "-m", "tests.parallel_worker", str(path)],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, timeout=900,
     )  # fmt: skip

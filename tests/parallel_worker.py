@@ -24,9 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.distributed import DistributedConfig
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from modeling_rtransformer import RTransformerConfig
 from scripts import train
 

@@ -1,7 +1,7 @@
 """
 Trains as scripts/train.py does, writes down each row that is trained on, and does harm when it is told to.
 
-    python tests/recorded_run.py RECORDS HARM train.py's arguments
+    python -m tests.recorded_run RECORDS HARM train.py's arguments
 
 RECORDS is the beginning of the files' names, one for each process; a line of them is a step and the ids of its rows.
 HARM is `none`, or KIND:PROCESS:STEP, done once: `kill` and `terminate` the process, `interrupt` it twice at that step,
@@ -15,11 +15,8 @@ import signal
 import sys
 from pathlib import Path
 
-
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-from scripts import train  # noqa: E402
-from scripts.trainer import RecipeTrainer  # noqa: E402
+from scripts import train
+from scripts.training.trainer import RecipeTrainer
 
 
 def recorded(records: Path, harm: str):

@@ -11,9 +11,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from modeling_rtransformer import RTransformerForCausalLM
 from scripts import evaluate, train
-from scripts.averaging import UNAVERAGED, WeightAverage
-from scripts.parallel import set_up
-from scripts.trainer import RecipeTrainer
+from scripts.training.averaging import UNAVERAGED, WeightAverage
+from scripts.training.launch import set_up
+from scripts.training.trainer import RecipeTrainer
 from tests.conftest import tiny_config
 from tests.test_trainer import pad, rows
 from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text

@@ -14,9 +14,10 @@ from transformers import (
 
 import scripts.baselines  # noqa: F401  registers them
 from modeling_rtransformer import RTransformerForCausalLM
-from scripts import evaluate, match_parameters, train
-from scripts.match_parameters import match, match_all, nearest_width, read_baselines
-from scripts.recipe import CONFIGURATION, read_recipe
+from scripts import evaluate, train
+from scripts.results import parameter_matching
+from scripts.results.parameter_matching import match, match_all, nearest_width, read_baselines
+from scripts.training.recipe import CONFIGURATION, read_recipe
 from tests.conftest import tiny_config
 from tests.tiny_recipe import CLASSIFICATION, LANGUAGE_MODELING, write_recipe, write_table, write_text
 
@@ -224,7 +225,7 @@ class TestEqualParameters:
         return folder
 
     def test_each_baseline_gets_the_parameters_of_the_recipe(self, recipe, tmp_path):
-        table = match_parameters.main([str(recipe)])
+        table = parameter_matching.main([str(recipe)])
         assert list(table) == ["recipe", "transformer", "gru"]
         target = table["recipe"]["parameters"]
         for name, entry in table.items():
@@ -237,7 +238,7 @@ class TestEqualParameters:
         prepared = read_recipe(recipe).prepare(None, ("train",))
         overrides = read_baselines(recipe)["gru"]
         counts = [
-            match_parameters.count_parameters(read_recipe(recipe, overrides), prepared, hidden_size=width)
+            parameter_matching.count_parameters(read_recipe(recipe, overrides), prepared, hidden_size=width)
             for width in (4, 5)
         ]
         target = counts[0] + (counts[1] - counts[0]) // 3
@@ -263,7 +264,7 @@ class TestEqualParameters:
     def test_a_recipe_without_baselines_says_so(self, recipe):
         (recipe / "baselines.toml").unlink()
         with pytest.raises(SystemExit, match="has no baselines.toml"):
-            match_parameters.main([str(recipe)])
+            parameter_matching.main([str(recipe)])
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGURATION.glob("*/baselines.toml")), ids=lambda path: path.parent.name)

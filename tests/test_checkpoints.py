@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from scripts.averaging import UNAVERAGED
-from scripts.checkpoints import damage, load_model, newest_complete, put_in_place
+from scripts.training.averaging import UNAVERAGED
+from scripts.training.checkpoints import damage, load_model, newest_complete, put_in_place
 from tests.conftest import tiny_config
 
 

@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from scripts.convert_original_checkpoint import convert, convert_names, main, read_state_dict
+from scripts.conversion.original_checkpoint import convert, convert_names, read_state_dict
+from scripts.convert import main
 
 
 GOLDEN = Path(__file__).parent / "golden"  # made by the authors' code on the CPU, dropout 0, every parameter moved
@@ -74,7 +75,8 @@ def original_gradients(name, model):
 
 
 def arguments(path, output_dir, heads=4, window=7, *more):
-    return [str(path), str(output_dir), "--num-attention-heads", str(heads), "--local-window", str(window), *more]
+    settings = ["--num-attention-heads", str(heads), "--local-window", str(window), *more]
+    return ["original-checkpoint", str(path), str(output_dir), *settings]
 
 
 def test_a_pytorch_file_is_converted_saved_and_loaded_again(tmp_path, capsys):

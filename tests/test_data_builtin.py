@@ -5,7 +5,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
-from scripts.sources import digits, stdlib_code
+from scripts.data.sources import digits, stdlib_code
 
 
 def test_the_library_is_split_by_path_without_tests_or_packages():

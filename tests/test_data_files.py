@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from scripts.sources import files
+from scripts.data.sources import files
 from scripts.tasks.sequence_classification import class_names, number_labels
 from tests.tiny_recipe import write_table, write_text
 

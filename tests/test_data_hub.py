@@ -2,7 +2,7 @@
 
 import pytest
 
-from scripts.sources import hub
+from scripts.data.sources import hub
 
 
 @pytest.fixture

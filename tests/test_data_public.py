@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from scripts import train
-from scripts.budget import EpochDrops
-from scripts.hub_folder import public_recipe, public_results
-from scripts.recipe import read_recipe
-from scripts.sources import mnist, penn_treebank, wikipedia
-from scripts.sources.download import local_or_downloaded
+from scripts.data.sources import mnist, penn_treebank, wikipedia
+from scripts.data.sources.download import local_or_downloaded
+from scripts.data.windows import IGNORED
+from scripts.sharing.folder import public_recipe, public_results
 from scripts.tasks.language_modeling import Options as LanguageModeling
-from scripts.windows import IGNORED
+from scripts.training.budget import EpochDrops
+from scripts.training.recipe import read_recipe
 
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -14,9 +14,9 @@ from transformers import EvalPrediction
 
 from scripts import evaluate, train
 from scripts.baselines import LinearForecaster, LinearForecasterConfig
-from scripts.recipe import read_recipe
-from scripts.sources import time_series
+from scripts.data.sources import time_series
 from scripts.tasks.forecasting import Forecasts, Options, forecast_metrics, row_errors, standardised
+from scripts.training.recipe import read_recipe
 from tests.tiny_recipe import write_recipe
 
 

@@ -14,12 +14,12 @@ from scipy.io import savemat
 from transformers import EvalPrediction
 
 from scripts import evaluate, train
-from scripts.hub_folder import public_recipe
+from scripts.data.sources import piano_roll
+from scripts.data.sources.download import local_or_downloaded
 from scripts.metrics import load_metric
-from scripts.recipe import read_recipe
-from scripts.sources import piano_roll
-from scripts.sources.download import local_or_downloaded
+from scripts.sharing.folder import public_recipe
 from scripts.tasks.frame_prediction import Frames, frame_metrics, pad_frames, row_nll, summed_loss
+from scripts.training.recipe import read_recipe
 from tests.tiny_recipe import write_recipe
 
 

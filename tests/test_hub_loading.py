@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 import modeling_rtransformer
 from modeling_rtransformer.configuration_rtransformer import model_classes
 from scripts import push_to_hub, train
-from scripts.tokenization import Options, build_tokenizer
+from scripts.data.tokenization import Options, build_tokenizer
 from tests.conftest import tiny_config
 from tests.hub_server import WRITE_TOKEN, HubServer
 
@@ -236,7 +236,7 @@ def test_a_trained_model_writes_code_in_a_new_environment_of_released_packages(t
         arguments = [part for setting in settings for part in ("--set", setting)]
         train.main(["stdlib-code", "--output-dir", str(tmp_path / "run"), *arguments])
         env = {**os.environ, "HF_ENDPOINT": server.url, "HF_TOKEN": WRITE_TOKEN, "HF_HUB_OFFLINE": "0"}
-        script = [sys.executable, push_to_hub.__file__, str(tmp_path / "run" / "final"), "someone/stdlib-code"]
+        script = [sys.executable, "-m", "scripts.push_to_hub", str(tmp_path / "run" / "final"), "someone/stdlib-code"]
         done = subprocess.run(script, env={**env, "HF_HUB_DISABLE_XET": "1"}, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         card = server.files("someone/stdlib-code")["README.md"].decode()

@@ -17,7 +17,7 @@ from modeling_rtransformer.linear_rnn import (
     real_jordan_form,
     rsa_from_linear_rnn,
 )
-from scripts import convert_rnn_to_rsa
+from scripts import convert
 
 
 def rotation(radius, angle):
@@ -217,12 +217,12 @@ def test_the_script_converts_a_file_and_tells_the_error(tmp_path, capsys):
     )
     save_file({"inputs": torch.randn(4, 30, 2)}, tmp_path / "inputs.safetensors")
     arguments = [str(tmp_path / "rnn.safetensors")]
-    exact = convert_rnn_to_rsa.main([*arguments, str(tmp_path / "linear"), "--nonlinearity", "none"])
+    exact = convert.main(["rnn", *arguments, str(tmp_path / "linear"), "--nonlinearity", "none"])
     assert json.loads(capsys.readouterr().out) == exact and exact["error"] < 1e-9
-    tangent = convert_rnn_to_rsa.main([*arguments, str(tmp_path / "tanh")])
+    tangent = convert.main(["rnn", *arguments, str(tmp_path / "tanh")])
     inputs = ["--inputs", str(tmp_path / "inputs.safetensors")]
-    fitted = convert_rnn_to_rsa.main([*arguments, str(tmp_path / "fit"), *inputs])
-    large = convert_rnn_to_rsa.main([*arguments, str(tmp_path / "largest"), "--largest", "0.3"])
+    fitted = convert.main(["rnn", *arguments, str(tmp_path / "fit"), *inputs])
+    large = convert.main(["rnn", *arguments, str(tmp_path / "largest"), "--largest", "0.3"])
     assert large["error"] != tangent["error"]
     assert 1e-3 < fitted["error"] < 1 and 1e-3 < tangent["error"]
     model = AutoModel.from_pretrained(tmp_path / "fit")
@@ -236,6 +236,6 @@ def test_the_script_refuses_what_is_no_rnn(tmp_path, capsys):
     save_file({"weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     for name, message in (("gru", "must be square, as in a plain RNN, got (9, 3)"), ("other", "must hold one")):
         with pytest.raises(SystemExit):
-            convert_rnn_to_rsa.main([str(tmp_path / f"{name}.safetensors"), str(tmp_path / "out")])
+            convert.main(["rnn", str(tmp_path / f"{name}.safetensors"), str(tmp_path / "out")])
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

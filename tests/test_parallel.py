@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_rtransformer import RTransformerConfig, RTransformerForCausalLM
 from modeling_rtransformer.head_shard import HeadShard
-from scripts import scaling, train
-from scripts.checkpoints import damage, is_sharded_checkpoint
-from scripts.parallel import set_up
-from scripts.recipe import read_recipe, recipe_names
+from scripts import train
+from scripts.training import scaling
+from scripts.training.checkpoints import damage, is_sharded_checkpoint
+from scripts.training.launch import set_up
+from scripts.training.recipe import read_recipe, recipe_names
 from tests.launching import IN_FLOAT32, SETTINGS, environment, work
 from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
 
@@ -124,7 +125,7 @@ def two(recipe, tmp_path_factory):
 
 
 def check_counts(folder, name, processes, **options):
-    """What scripts/scaling.py computes of the run is what was counted in it, to the byte."""
+    """What scripts/training/scaling.py computes of the run is what was counted in it, to the byte."""
     counted = json.loads(folder.with_suffix(".json").read_text())
     layout = scaling.Layout.of(name, processes, per_machine=2, **options)
     config = AutoConfig.from_pretrained(folder / "final")

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from scripts import provenance
+from scripts.results import provenance
 
 
 @pytest.fixture

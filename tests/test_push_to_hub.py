@@ -15,8 +15,8 @@ import modeling_rtransformer
 from modeling_rtransformer import RTransformerForCausalLM, RTransformerForSequenceClassification
 from modeling_rtransformer.hub_files import HUB_FILES, PICKLES, HubFilesCallback
 from scripts import push_to_hub, train
-from scripts.averaging import UNAVERAGED
-from scripts.hub_upload import PushError
+from scripts.sharing.upload import PushError
+from scripts.training.averaging import UNAVERAGED
 from tests.conftest import tiny_config
 from tests.hub_server import OTHER_TOKEN, READ_TOKEN, WRITE_TOKEN
 from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text

@@ -6,7 +6,7 @@ import json
 import pytest
 from transformers import AutoConfig, TrainingArguments
 
-from scripts.recipe import CONFIGURATION, read_recipe, recipe_names
+from scripts.training.recipe import CONFIGURATION, read_recipe, recipe_names
 from tests.tiny_recipe import CLASSIFICATION, LANGUAGE_MODELING, write_recipe
 
 
@@ -168,10 +168,10 @@ def test_each_result_is_the_one_that_the_readme_tells(name):
     assert result["recipe"] == name and result["overrides"] == []
     figure = result["metrics"]["test"][read_recipe(name).report.metrics[0]]
     shown = f"{figure:.3f}" if figure > 1 else f"{figure:.1%}".replace("%", " %")
-    assert f"`python scripts/train.py {name}`" in (readme := (CONFIGURATION / "README.md").read_text())
+    assert f"`python -m scripts.train {name}`" in (readme := (CONFIGURATION / "README.md").read_text())
     assert shown in readme
 
 
 def test_every_recipe_is_in_the_readme():
     readme = (CONFIGURATION / "README.md").read_text()
-    assert [name for name in RECIPES if f"`{name}`" not in readme and f"scripts/train.py {name}`" not in readme] == []
+    assert [name for name in RECIPES if f"`{name}`" not in readme and f"python -m scripts.train {name}`" not in readme] == []

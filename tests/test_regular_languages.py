@@ -12,9 +12,9 @@ import torch
 from transformers import EvalPrediction
 
 from scripts import evaluate, train
-from scripts.recipe import read_recipe
-from scripts.sources.regular_languages import AMPLE, AUTOMATA, BINS, PARTS, Options, load
+from scripts.data.sources.regular_languages import AMPLE, AUTOMATA, BINS, PARTS, Options, load
 from scripts.tasks.next_symbols import number_symbols, pad_strings, row_scores, string_metrics
+from scripts.training.recipe import read_recipe
 
 
 def no_odd_zeros_after_odd_ones(text):

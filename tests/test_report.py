@@ -5,8 +5,8 @@ import json
 import pytest
 
 from scripts import report
-from scripts.recipe import read_recipe
-from scripts.tables import cell, read_tables
+from scripts.results.tables import cell, read_tables
+from scripts.training.recipe import read_recipe
 from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
 
 
@@ -94,7 +94,7 @@ def test_a_table_of_one_column_gives_the_command_of_every_row(tables):
     lines = report.markdown(
         read_tables(tables)["tiny"], {"tiny/rsa/short/seed-1": {"result": result(1.0)}}
     ).splitlines()
-    command = next(line for line in lines if line.startswith("    python scripts/train.py"))
+    command = next(line for line in lines if line.startswith("    python -m scripts.train"))
     assert command.endswith("--set task.window=17 --set training.seed=1")
 
 

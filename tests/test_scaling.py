@@ -1,4 +1,4 @@
-"""The formulae of scripts/scaling.py against what a model on one process really does; test_parallel.py has several."""
+"""The formulae of training/scaling.py against what a model on one process really does; test_parallel.py has several."""
 
 import json
 
@@ -8,8 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from modeling_rtransformer import RTransformerForCausalLM
-from scripts import estimate, scaling
-from scripts.scaling import Layout
+from scripts import estimate
+from scripts.training import scaling
+from scripts.training.scaling import Layout
 from tests.conftest import tiny_config
 
 

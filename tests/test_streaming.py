@@ -14,14 +14,14 @@ from datasets import Dataset, Features, IterableDataset, Value
 from transformers import AutoModelForCausalLM, default_data_collator
 
 from scripts import evaluate, train
-from scripts.recipe import read_recipe
-from scripts.sources import files, hub
-from scripts.streaming import StreamedWindows, StreamError, StreamLoader
+from scripts.data.sources import files, hub
+from scripts.data.streaming import StreamedWindows, StreamError, StreamLoader
+from scripts.data.tokenization import Options as TokenizerOptions
+from scripts.data.tokenization import build_tokenizer
+from scripts.data.windows import IGNORED, TokenStream, Windows
 from scripts.tasks.language_modeling import token_stream
-from scripts.tokenization import Options as TokenizerOptions
-from scripts.tokenization import build_tokenizer
-from scripts.trainer import RecipeTrainer
-from scripts.windows import IGNORED, TokenStream, Windows
+from scripts.training.recipe import read_recipe
+from scripts.training.trainer import RecipeTrainer
 from tests.conftest import tiny_config
 from tests.streamed_recipe import SIZES, words_of, write_files, write_streamed
 

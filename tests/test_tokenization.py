@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from scripts.tokenization import Options, build_tokenizer, characters_per_token
+from scripts.data.tokenization import Options, build_tokenizer, characters_per_token
 
 
 TEXTS = ["def f(x):\n    return x  # naïve\n", "a <eos> b\n\n\tétude <unk>\r\n", "木 and 😀 and <pad>"]

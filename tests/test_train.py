@@ -13,9 +13,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from scripts import budget, evaluate, generate, train
-from scripts.checkpoints import newest_complete
+from scripts import evaluate, generate, train
 from scripts.tasks.prepared import spread
+from scripts.training import budget
+from scripts.training.checkpoints import newest_complete
 from tests.tiny_recipe import CLASSIFICATION, LANGUAGE_MODELING, write_recipe, write_table, write_text
 
 
@@ -38,8 +39,8 @@ def run(recipe, tmp_path_factory):
 
 
 def script(name, *arguments, cwd, **environment):
-    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", f"scripts.{name}", *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -280,14 +281,14 @@ def test_digits_train_on_continuous_input(tmp_path):
 
 
 def test_the_scripts_run_from_anywhere_and_end_with_one_line_of_json(recipe, tmp_path):
-    trained = script("train.py", recipe, "--set", "training.max_steps=2", cwd=tmp_path)
+    trained = script("train", recipe, "--set", "training.max_steps=2", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     result = json.loads(trained.stdout)  # nothing else is on stdout
     assert json.loads((tmp_path / "runs" / "tiny" / "final" / "results.json").read_text()) == result
-    scored = script("evaluate.py", "runs/tiny/final", cwd=tmp_path)
+    scored = script("evaluate", "runs/tiny/final", cwd=tmp_path)
     assert scored.returncode == 0, scored.stderr
     test = json.loads(scored.stdout)["metrics"]
     assert test["bits_per_character"] == pytest.approx(result["metrics"]["test"]["bits_per_character"], rel=1e-5)
-    written = script("generate.py", "runs/tiny/final", "--prompt", "line", "--max-new-tokens", "9", cwd=tmp_path)
+    written = script("generate", "runs/tiny/final", "--prompt", "line", "--max-new-tokens", "9", cwd=tmp_path)
     assert written.returncode == 0, written.stderr
     assert json.loads(written.stdout.splitlines()[-1])["prompt"] == "line"

@@ -12,14 +12,14 @@ from scripts import train
 from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
 
 
-TRAIN = str(Path(__file__).resolve().parent.parent / "scripts" / "train.py")
+ROOT = Path(__file__).resolve().parent.parent
 # accelerate starts several processes only with --multi_gpu; the recipe's `use_cpu` keeps them on the processor.
 TWO_PROCESSES = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
 def train_with_two_processes(*arguments):
-    command = [sys.executable, *TWO_PROCESSES, TRAIN, *map(str, arguments)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *TWO_PROCESSES, "-m", "scripts.train", *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # one line, from the first process only

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from scripts.windows import IGNORED, Windows
+from scripts.data.windows import IGNORED, Windows
 
 
 SHAPES = [(1, 9, 8), (8, 9, 8), (9, 9, 8), (10, 9, 8), (100, 9, 8), (101, 9, 4), (63, 17, 1), (64, 17, 5), (200, 2, 1)]

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForAudioFrameClassification, EvalPrediction
 
 from modeling_rtransformer.configuration_rtransformer import nearest
+from scripts.data.sources.piano_roll import key_names
 from scripts.metrics import load_metric
-from scripts.sources.piano_roll import key_names
 from scripts.tasks.prepared import Prepared
 
 

@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from modeling_rtransformer.configuration_rtransformer import nearest
+from scripts.data.streaming import StreamedWindows
+from scripts.data.tokenization import build_tokenizer, characters_per_token
+from scripts.data.windows import IGNORED, TokenStream, Windows
 from scripts.metrics import load_metric
-from scripts.streaming import StreamedWindows
 from scripts.tasks.prepared import Prepared, spread
-from scripts.tokenization import build_tokenizer, characters_per_token
-from scripts.windows import IGNORED, TokenStream, Windows
 
 
 METRICS = ("bits_per_character", "perplexity")

@@ -16,8 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForAudioFrameClassification, EvalPrediction
 
 from modeling_rtransformer.configuration_rtransformer import nearest
+from scripts.data.sources.regular_languages import AUTOMATA, BINS, END, Automaton
 from scripts.metrics import load_metric
-from scripts.sources.regular_languages import AUTOMATA, BINS, END, Automaton
 from scripts.tasks.prepared import Prepared
 
 

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from modeling_rtransformer.configuration_rtransformer import nearest
+from scripts.data.tokenization import build_tokenizer
 from scripts.metrics import load_metric
 from scripts.tasks.prepared import Prepared, spread
-from scripts.tokenization import build_tokenizer
 
 
 METRICS = ("accuracy", "f1")

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from scripts.averaging import UNAVERAGED, WeightAverage
+from scripts.training.averaging import UNAVERAGED, WeightAverage
 
 
 logger = logging.get_logger(__name__)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_rtransformer.configuration_rtransformer import nearest
-from scripts.recipe import CONFIGURATION, parse_file, tomllib
+from scripts.training.recipe import CONFIGURATION, parse_file, tomllib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,5 +241,5 @@ def _commands(table: Table, found: Mapping[str, Mapping[str, Any]]) -> list[str]
             lines.append(f"    make reproduce-{table.suite} ONLY={table.name}/{slug(run.row.name)}/")
         else:
             settings = " ".join(f"--set {shlex.quote(override)}" for override in found[run.name]["result"]["overrides"])
-            lines.append(f"    python scripts/train.py {run.row.recipe} {settings}")
+            lines.append(f"    python -m scripts.train {run.row.recipe} {settings}")
     return list(dict.fromkeys(lines))

@@ -22,7 +22,7 @@ UNAVERAGED = "unaveraged.safetensors"
 
 class WeightAverage(TrainerCallback, ExportableState):
     """
-    Keeps the average while a [`scripts.trainer.RecipeTrainer`] trains; after that it is the model's weights.
+    Keeps the average while a [`scripts.training.trainer.RecipeTrainer`] trains; after that it is the model's weights.
 
     Every process of several averages for itself, and alike, so each must have all weights. Buffers are not averaged.
 

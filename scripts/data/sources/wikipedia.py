@@ -15,7 +15,7 @@ from typing import Literal
 
 from datasets import Dataset, DatasetDict
 
-from scripts.sources.download import local_or_downloaded, read_bytes
+from scripts.data.sources.download import local_or_downloaded, read_bytes
 
 
 ADDRESS = "https://mattmahoney.net/dc"

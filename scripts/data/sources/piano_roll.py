@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Array2D, Dataset, DatasetDict, Features
 from scipy.io import loadmat
 
-from scripts.sources.download import local_or_downloaded
+from scripts.data.sources.download import local_or_downloaded
 
 
 KEYS = 88

@@ -7,8 +7,8 @@ A recipe is read into frozen dataclasses that refuse what they do not know, nami
 | section | its keys |
 |---|---|
 | `[task]` | `name`, one of `scripts/tasks/`, and the fields of that task's `Options` |
-| `[data]` | `source`, one of `scripts/sources/`, and the fields of that source's `Options` |
-| `[tokenizer]` | [`scripts.tokenization.Options`]; left out where the input is numbers |
+| `[data]` | `source`, one of `scripts/data/sources/`, and the fields of that source's `Options` |
+| `[tokenizer]` | [`scripts.data.tokenization.Options`]; left out where the input is numbers |
 | `[training]` | any field of `transformers.TrainingArguments` except `output_dir`, over [`TRAINING_DEFAULTS`] |
 | `[schedule]` | [`Schedule`]; mostly left out: the schedule is `training.lr_scheduler_type` |
 | `[averaging]` | [`Averaging`] |
@@ -29,10 +29,10 @@ from datasets import DatasetDict
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from modeling_rtransformer.configuration_rtransformer import nearest
-from scripts.sources import SOURCES
+from scripts.data.sources import SOURCES
+from scripts.data.tokenization import Options as TokenizerOptions
 from scripts.tasks import TASKS
 from scripts.tasks.prepared import Prepared
-from scripts.tokenization import Options as TokenizerOptions
 
 
 try:
@@ -40,7 +40,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
-CONFIGURATION = Path(__file__).resolve().parent.parent / "configuration"
+CONFIGURATION = Path(__file__).resolve().parents[2] / "configuration"
 SECTIONS = ("task", "data", "tokenizer", "training", "schedule", "averaging", "budget", "report")
 
 # Written into every saved config by Transformers, so a saved model's config.json is a recipe's config.json too.
@@ -106,7 +106,7 @@ class Schedule:
 @dataclasses.dataclass(frozen=True)
 class Averaging:
     """
-    What is scored and kept: an exponential moving average of the weights (`scripts/averaging.py`) in place of the last.
+    What is scored and kept: an exponential moving average of the weights (`averaging.py`) in place of the last.
 
     Args:
         decay: the share of the average that a step leaves, above 0 and below 1; no average if left out.

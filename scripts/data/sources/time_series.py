@@ -16,7 +16,7 @@ import pandas as pd
 from datasets import Dataset, DatasetDict
 
 from modeling_rtransformer.configuration_rtransformer import nearest
-from scripts.sources.download import local_or_downloaded
+from scripts.data.sources.download import local_or_downloaded
 
 
 ADDRESS = "https://raw.githubusercontent.com/zhouhaoyi/ETDataset/1d16c8f4f943005d613b5bc962e9eeb06058cf07/ETT-small"

@@ -1,15 +1,18 @@
 """`Trainer` as the recipes use it: it takes streams, averages weights, and is watched for what ends a run too soon."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from scripts.averaging import WeightAverage
-from scripts.faults import Watch, agree, outlive_signals
-from scripts.streaming import StreamedWindows, StreamLoader
-from scripts.windows import IGNORED
+from modeling_rtransformer.hub_files import HubFilesCallback
+from scripts.data.streaming import StreamedWindows, StreamLoader
+from scripts.data.windows import IGNORED
+from scripts.tasks.prepared import Prepared
+from scripts.training.averaging import WeightAverage
+from scripts.training.interruptions import Watch, agree, outlive_signals
 
 
 def _restore_to_numbered_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
@@ -135,3 +138,29 @@ def _init_worker(before, worker: int) -> None:
     outlive_signals(worker)
     if before is not None:
         before(worker)
+
+
+def make_trainer(model: PreTrainedModel, args: TrainingArguments, prepared: Prepared, **options) -> RecipeTrainer:
+    """A `Trainer` of the task, for training or only for scoring; what it pushes to the Hub is complete and safe."""
+    if args.push_to_hub:
+        options["callbacks"] = [*options.get("callbacks", ()), HubFilesCallback()]
+    if prepared.label_names is not None:
+        args.label_names = list(prepared.label_names)
+    return RecipeTrainer(
+        model=model,
+        args=args,
+        train_dataset=prepared.datasets.get("train"),
+        eval_dataset=prepared.monitor,
+        processing_class=prepared.tokenizer,
+        data_collator=prepared.collator,
+        compute_metrics=prepared.compute_metrics,
+        preprocess_logits_for_metrics=prepared.reduce_logits,
+        compute_loss_func=prepared.compute_loss,
+        **options,
+    )
+
+
+def score(trainer: RecipeTrainer, prepared: Prepared, split: str, metrics: Sequence[str]) -> dict[str, float]:
+    """The named metrics on a whole split."""
+    scored = trainer.predict(prepared.datasets[split], metric_key_prefix=split).metrics
+    return {name: scored[f"{split}_{name}"] for name in metrics}

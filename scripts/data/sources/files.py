@@ -18,7 +18,7 @@ from datasets import Dataset, DatasetDict, Features, IterableDataset, Value, loa
 from datasets.exceptions import DatasetGenerationError
 
 from modeling_rtransformer.configuration_rtransformer import nearest
-from scripts.sources.columns import (
+from scripts.data.sources.columns import (
     check_stream,
     hold_out,
     require_rows,

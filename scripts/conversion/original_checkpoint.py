@@ -1,7 +1,5 @@
 """
-Convert a checkpoint of the original R-Transformer code into a model that `from_pretrained` loads.
-
-    python scripts/convert_original_checkpoint.py model.pt converted/ --num-attention-heads 8 --local-window 7
+A checkpoint of the original R-Transformer code as a model that `from_pretrained` loads.
 
 Reads a PyTorch file (a state dict; with `weights_only=True`, so no code in it is run) or a safetensors file. Widths,
 numbers of blocks and of LocalRNNs, the RNN type, the vocabulary or the number of labels and the tying of embeddings are
@@ -12,15 +10,9 @@ forward pass never uses are left behind and listed.
 Source: the code published with Wang et al. 2019 (arXiv 1907.05572).
 """
 
-import argparse
-import json
 import pickle
 import re
-import sys
 from pathlib import Path
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the checkout
 
 import torch
 from safetensors.torch import load_file
@@ -175,37 +167,3 @@ def convert(
         )
     model.load_state_dict(converted)
     return model, unused
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="state dict of the original code, .pt or .safetensors")
-    parser.add_argument("output_dir", type=Path, help="folder for the converted model, new or empty")
-    parser.add_argument("--task", choices=TASKS, help="what the model does; inferred, except for piano rolls")
-    parser.add_argument("--num-attention-heads", type=int, required=True, help="heads (`h` in the original)")
-    parser.add_argument("--local-window", type=int, required=True, help="window (`ksize` in the original)")
-    args = parser.parse_args(argv)
-    if args.output_dir.exists() and (not args.output_dir.is_dir() or any(args.output_dir.iterdir())):
-        parser.error(f"output_dir must be a new or empty folder, got {args.output_dir}")
-    try:
-        model, unused = convert(
-            read_state_dict(args.checkpoint),
-            args.task,
-            num_attention_heads=args.num_attention_heads,
-            local_window=args.local_window,
-        )
-    except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
-    model.save_pretrained(args.output_dir)
-    print(f"left {len(unused)} parameters that the original never used: {', '.join(unused)}", file=sys.stderr)
-    result = {
-        "output_dir": str(args.output_dir),
-        "class": type(model).__name__,
-        "parameters": model.num_parameters(),
-        "unused": unused,
-    }
-    print(json.dumps(result))
-
-
-if __name__ == "__main__":
-    main()

@@ -16,10 +16,10 @@ from safetensors.torch import save_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from scripts import train
-from scripts.checkpoints import damage, newest_complete
-from scripts.faults import checkpoint_bytes, describe, require_room, require_writable
-from scripts.recipe import read_recipe
-from scripts.trainer import RecipeTrainer
+from scripts.training.checkpoints import damage, newest_complete
+from scripts.training.interruptions import checkpoint_bytes, describe, require_room, require_writable
+from scripts.training.recipe import read_recipe
+from scripts.training.trainer import RecipeTrainer
 from tests.conftest import tiny_config
 from tests.recorded_run import read, recorded
 from tests.streamed_recipe import words_of, write_files, write_streamed
@@ -27,7 +27,7 @@ from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
 
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = str(ROOT / "tests" / "recorded_run.py")
+RUN = "tests.recorded_run"
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,8 +55,8 @@ def harm(monkeypatch, tmp_path):
 
 def launch(records, harm, *arguments, launcher=LAUNCH):
     """Train in two processes of their own; what came of it."""
-    command = [sys.executable, *launcher, RUN, *map(str, (records, harm, *arguments))]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launcher, "-m", RUN, *map(str, (records, harm, *arguments))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -313,8 +313,9 @@ def test_a_signal_to_the_launcher_saves_what_all_processes_have_done(tmp_path, n
     recipe = write_streamed(tmp_path, paths)
     settings = ["training.max_steps=100000", "training.dataloader_num_workers=1", "training.eval_steps=100000"]
     settings = [part for setting in [*settings, "training.save_steps=100000"] for part in ("--set", setting)]
-    command = [sys.executable, *LAUNCH, RUN, tmp_path / "records", "none", recipe, "--output-dir", tmp_path / "run"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *LAUNCH, "-m", RUN, tmp_path / "records", "none", recipe]
+    command += ["--output-dir", tmp_path / "run"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     job = subprocess.Popen(list(map(str, [*command, *settings])), env=environment, stderr=subprocess.PIPE, text=True)
     for line in job.stderr:
         if "'percent'" in line:  # it trains

@@ -5,7 +5,7 @@ import dataclasses
 from datasets import DatasetDict, load_dataset
 
 from modeling_rtransformer.configuration_rtransformer import nearest
-from scripts.sources.columns import (
+from scripts.data.sources.columns import (
     check_stream,
     hold_out,
     require_rows,

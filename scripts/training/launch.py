@@ -26,8 +26,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from scripts.averaging import UNAVERAGED
-from scripts.checkpoints import is_sharded_checkpoint
+from scripts.training.averaging import UNAVERAGED
+from scripts.training.checkpoints import is_sharded_checkpoint
 
 
 def is_on(variable: str) -> bool:

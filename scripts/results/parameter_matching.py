@@ -1,8 +1,8 @@
 """
 Give the baselines of a recipe as many parameters as the recipe's model has.
 
-    python scripts/match_parameters.py stdlib-code
-    python scripts/match_parameters.py digits --set model.hidden_size=32
+    python -m scripts.results.parameter_matching stdlib-code
+    python -m scripts.results.parameter_matching digits --set model.hidden_size=32
 
 A recipe's baselines.toml names models to compare with, each by the settings that make it of the recipe:
 
@@ -13,23 +13,18 @@ The width, `hidden_size`, is found here; where a model has an inner width, `inte
 The last line of stdout is one JSON object: for each name the overrides, ready for `train.py --set`, and the parameters.
 """
 
-import sys
-from pathlib import Path
-
-
-if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
 import argparse
 import contextlib
 import json
 import math
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from scripts.recipe import add_overrides, parse_file, read_recipe, recipe_folder, tomllib
 from scripts.tasks.prepared import Prepared
+from scripts.training.recipe import add_overrides, parse_file, read_recipe, recipe_folder, tomllib
 
 
 TOLERANCE = 0.02

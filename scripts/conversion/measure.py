@@ -1,24 +1,12 @@
 """
 What a tanh RNN loses as RSA heads, on a real task: the digits that scikit-learn ships, read pixel by pixel.
 
-    python scripts/measure_rnn_conversion.py
-    python scripts/measure_rnn_conversion.py --units 48 --epochs 150 --seed 1
-
-Trains a tanh RNN with a linear read-out of its last state, converts it (scripts/convert_rnn_to_rsa.py says how) and
-scores the whole converted classifier: as it stands, with the read-out fitted anew, and trained on for a few epochs,
-beside the same architecture trained as long from random weights. Progress goes to stderr; the last line of stdout is
-one JSON object with the share of right answers on the test split.
+Trains a tanh RNN with a linear read-out of its last state, converts it (rnn_to_rsa.py says how) and scores the whole
+converted classifier: as it stands, with the read-out fitted anew, and trained on for a few epochs, beside the same
+architecture trained as long from random weights. The result has the share of right answers on the test split.
 """
 
 import sys
-from pathlib import Path
-
-
-if not __package__:  # run as a script: scripts/ is first on the path, and its evaluate.py would hide the library
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
-
-import argparse
-import json
 
 import torch
 from sklearn.linear_model import LogisticRegression
@@ -27,8 +15,8 @@ from torch.nn import functional as F
 
 from modeling_rtransformer import RTransformerForSequenceClassification
 from modeling_rtransformer.linear_rnn import LinearRNN, rsa_from_linear_rnn
-from scripts.provenance import machine, versions
-from scripts.sources.digits import Options, load
+from scripts.data.sources.digits import Options, load
+from scripts.results.provenance import machine, versions
 
 
 LARGEST = 0.999  # larger eigenvalues, which a REM does not reach, are brought down to this size
@@ -90,21 +78,24 @@ def refit_readout(model: RTransformerForSequenceClassification, units: int, spli
     model.score.bias.copy_(torch.from_numpy(regression.intercept_) - weight @ mean)
 
 
-def main(arguments: list[str] | None = None) -> dict:
-    """Train, convert, score; the result."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--units", type=int, default=32)
-    parser.add_argument("--epochs", type=int, default=100, help="for the RNN")
-    parser.add_argument("--more-epochs", type=int, default=10, help="for the converted model and its untrained twin")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(arguments)
-    torch.manual_seed(options.seed)
+def measure(units: int, epochs: int, more_epochs: int, seed: int) -> dict:
+    """
+    Train, convert, score.
+
+    Args:
+        epochs: of the RNN.
+        more_epochs: of the converted model and of its twin with random weights.
+
+    Returns:
+        The shares of right answers on the test split, with what they were measured on.
+    """
+    torch.manual_seed(seed)
     splits = {}
     for name, rows in load(Options(source="digits")).with_format("torch").items():
         splits[name] = (rows["input_values"][:].float(), rows["label"][:])
-    classifier = Classifier(options.units)
-    fit(classifier, list(classifier.parameters()), splits["train"], options.epochs, 3e-3)
-    result = {"units": options.units, "parameters": sum(p.numel() for p in classifier.parameters())}
+    classifier = Classifier(units)
+    fit(classifier, list(classifier.parameters()), splits["train"], epochs, 3e-3)
+    result = {"units": units, "parameters": sum(p.numel() for p in classifier.parameters())}
     scores = {"tanh RNN": accuracy(classifier, splits["test"])}
     for name, inputs in (("tangent", None), ("fit", splits["train"][0])):
         linear = LinearRNN.from_torch(classifier.rnn, inputs)
@@ -112,7 +103,7 @@ def main(arguments: list[str] | None = None) -> dict:
         model = converted(classifier, linear)
         logits_of = lambda values, model=model: model(input_values=values.to(model.dtype)).logits  # noqa: E731
         scores[f"linear part, {name}"] = accuracy(logits_of, splits["test"])
-        refit_readout(model, options.units, splits["train"])
+        refit_readout(model, units, splits["train"])
         scores[f"{name}, read-out fitted anew"] = accuracy(logits_of, splits["test"])
         result["parameters, converted"] = model.num_parameters()
     twin = RTransformerForSequenceClassification(
@@ -121,10 +112,6 @@ def main(arguments: list[str] | None = None) -> dict:
     for name, start in (("converted", model.float()), ("random weights", twin)):
         start.train()
         logits_of = lambda values, start=start: start(input_values=values).logits  # noqa: E731
-        fit(logits_of, list(start.parameters()), splits["train"], options.more_epochs, 1e-3)
-        scores[f"{name}, {options.more_epochs} epochs"] = accuracy(logits_of, splits["test"])
-    return {**result, "accuracy": scores, "seed": options.seed, "machine": machine(), "versions": versions()}
-
-
-if __name__ == "__main__":
-    print(json.dumps(main()))
+        fit(logits_of, list(start.parameters()), splits["train"], more_epochs, 1e-3)
+        scores[f"{name}, {more_epochs} epochs"] = accuracy(logits_of, splits["test"])
+    return {**result, "accuracy": scores, "seed": seed, "machine": machine(), "versions": versions()}

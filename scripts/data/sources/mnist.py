@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from datasets import Array2D, ClassLabel, Dataset, DatasetDict, Features
 
-from scripts.sources.download import in_folder_or_downloaded, read_bytes
+from scripts.data.sources.download import in_folder_or_downloaded, read_bytes
 
 
 ADDRESS = "https://storage.googleapis.com/cvdf-datasets/mnist"

@@ -14,12 +14,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from scripts.recipe import Recipe
-from scripts.sources import SOURCES
+from scripts.data.sources import SOURCES
+from scripts.training.recipe import Recipe
 
 
-TEMPLATE = Path(__file__).resolve().parent.parent / "hub_card.md"
-METRICS = Path(__file__).resolve().parent / "metrics"
+TEMPLATE = Path(__file__).resolve().parents[2] / "hub_card.md"
+METRICS = Path(__file__).resolve().parents[1] / "metrics"
 
 
 @dataclasses.dataclass(frozen=True)

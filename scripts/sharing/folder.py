@@ -23,10 +23,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from modeling_rtransformer import RTransformerConfig
 from modeling_rtransformer.hub_files import HUB_FILES, PICKLES, TOKENIZER_FILES, WEIGHT_FILES
-from scripts.checkpoints import load_model
-from scripts.model_card import gate_rows, head_of, render
-from scripts.plots import plot_curve, plot_gates
-from scripts.recipe import Recipe, read_recipe
+from scripts.results.plots import plot_curve, plot_gates
+from scripts.sharing.card import gate_rows, head_of, render
+from scripts.training.checkpoints import load_model
+from scripts.training.recipe import Recipe, read_recipe
 
 
 COPIED = ("generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILES, "curve.json", "curve.png")

@@ -32,7 +32,7 @@ from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from scripts.checkpoints import newest_complete
+from scripts.training.checkpoints import newest_complete
 
 
 PATIENCE = 60  # seconds that a worker of a data loader lives on after a signal: its process needs it to finish the step

@@ -1,0 +1,1 @@
+"""Other models as R-Transformers and RSA heads."""

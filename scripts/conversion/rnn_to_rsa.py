@@ -1,0 +1,57 @@
+"""
+A recurrent network as a model with RSA heads that `from_pretrained` loads.
+
+Reads a state dict with the names of a one-layer `torch.nn.RNN` (`weight_hh_l0`, `weight_ih_l0` and, if it has them,
+`bias_hh_l0` and `bias_ih_l0`), with anything before them. `--nonlinearity none` says that the RNN is linear: the model
+then equals it. Of a tanh RNN the linear part is converted: the tangent at zero, or with `--inputs` (a file with one
+tensor `inputs` (batch, length, features)) the best linear fit on what the RNN reads. Eigenvalues on or outside the unit
+circle are converted only with `--largest`, which brings them down to that size; a matrix without a basis of
+eigenvectors only with `--perturbation`.
+
+The result's `error` is the largest difference between the RNN's and the model's states, over the largest state, on the
+inputs given or else on 8 x 64 normal random numbers.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modeling_rtransformer.linear_rnn import LinearRNN, rsa_from_linear_rnn
+from scripts.conversion.original_checkpoint import read_state_dict
+
+
+def read_rnn(path: Path) -> nn.RNN:
+    """The one RNN in a file, in float64; raises ValueError if there is none, or more than one layer or direction."""
+    state = read_state_dict(path)
+    names = [name for name in state if "weight_hh_l" in name]
+    if len(names) != 1 or not names[0].endswith("weight_hh_l0"):
+        raise ValueError(
+            f"{path} must hold one `weight_hh_l0`, of one layer and direction, got {names or sorted(state)[:5]}"
+        )
+    prefix = names[0].removesuffix("weight_hh_l0")
+    state = {name.removeprefix(prefix): value.double() for name, value in state.items() if name.startswith(prefix)}
+    state = {name: value for name, value in state.items() if name.endswith("_l0")}
+    if "weight_ih_l0" not in state:
+        raise ValueError(f"{path} has no `{prefix}weight_ih_l0` beside `{prefix}weight_hh_l0`")
+    (rows, units), features = state["weight_hh_l0"].shape, state["weight_ih_l0"].shape[1]
+    if rows != units:
+        raise ValueError(
+            f"`weight_hh_l0` must be square, as in a plain RNN, got {(rows, units)}: a GRU or LSTM has gates"
+        )
+    rnn = nn.RNN(features, units, bias="bias_hh_l0" in state, batch_first=True).double()
+    rnn.load_state_dict(state)
+    return rnn
+
+
+def convert(rnn: nn.RNN, nonlinearity: str, inputs: torch.Tensor | None = None, **options) -> tuple:
+    """The model, and the largest error of its states relative to the RNN's largest state."""
+    linear = LinearRNN.from_torch(rnn, inputs if nonlinearity == "tanh" else None)
+    model = rsa_from_linear_rnn(linear, **options)
+    if inputs is None:
+        inputs = torch.randn(8, 64, rnn.input_size, generator=torch.Generator().manual_seed(0))
+    inputs = inputs.double()
+    with torch.no_grad():
+        states = linear.run(inputs) if nonlinearity == "none" else rnn(inputs)[0]
+        given = model(input_values=inputs).last_hidden_state[..., : rnn.hidden_size]
+    return model, ((given - states).abs().max() / states.abs().max()).item()

@@ -1,0 +1,1 @@
+"""Data sources, and how their rows become what a model reads."""

@@ -1,0 +1,1 @@
+"""A model's repository on the Hub: the folder, its card, and the upload."""
