@@ -1,25 +1,28 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
-"""Heads that classify: whole sequences, positions, frames, and the two ends of an answer."""
+"""
+Heads that classify, over the base model of any system of this package: whole sequences, positions, frames, and the two
+ends of an answer. A system gets one by a line such as `class SystemForX(XHead, SystemPreTrainedModel)`.
+"""
 
 # B batch, T positions, D hidden size
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.import_utils import is_tracing
 
-from .configuration_rtransformer import RTransformerConfig
+from .inputs import check_ids
 from .library_versions import (
     BaseModelOutputWithPast,
     SequenceClassifierOutputWithPast,
     accepts_both_cache_names,
     named_cache,
 )
-from .modeling_rtransformer import RTransformerModel, RTransformerPreTrainedModel, check_ids
 
 
 IGNORED = -100  # the label of what is not scored, as everywhere in Transformers
@@ -48,16 +51,16 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, is_ca
     return (hidden_states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
 
 
-class RTransformerForSequenceClassification(RTransformerPreTrainedModel):
+class SequenceClassificationHead:
     """
     One prediction a sequence: from the last real position of a causal model, from the mean over the real positions of a
     bidirectional one.
     """
 
-    def __init__(self, config: RTransformerConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = RTransformerModel(config)
+        self.model = self.base_class(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -76,7 +79,7 @@ class RTransformerForSequenceClassification(RTransformerPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutputWithPast:
         """
-        Inputs as in [`RTransformerModel.forward`]. What is padded is said by `attention_mask`; without one, by
+        Inputs as in the base model's `forward`. What is padded is said by `attention_mask`; without one, by
         `input_ids` that equal `pad_token_id`, if the config has that.
 
         Args:
@@ -114,13 +117,13 @@ class RTransformerForSequenceClassification(RTransformerPreTrainedModel):
         )
 
 
-class RTransformerForTokenClassification(RTransformerPreTrainedModel):
+class TokenClassificationHead:
     """One prediction a position, such as tags of tokens."""
 
-    def __init__(self, config: RTransformerConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = RTransformerModel(config)
+        self.model = self.base_class(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -136,7 +139,7 @@ class RTransformerForTokenClassification(RTransformerPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         """
-        Inputs as in [`RTransformerModel.forward`].
+        Inputs as in the base model's `forward`.
 
         Args:
             labels (`(B, T)`, *optional*): class ids, of which -100 is not scored.
@@ -163,7 +166,7 @@ class RTransformerForTokenClassification(RTransformerPreTrainedModel):
         )
 
 
-class RTransformerForAudioFrameClassification(RTransformerPreTrainedModel):
+class FrameClassificationHead:
     """
     One or several labels of each frame, such as the notes that sound in it.
 
@@ -174,10 +177,10 @@ class RTransformerForAudioFrameClassification(RTransformerPreTrainedModel):
     over all labels of all frames that are scored; of one label a frame, the mean cross-entropy over those frames.
     """
 
-    def __init__(self, config: RTransformerConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
-        self.model = RTransformerModel(config)
+        self.model = self.base_class(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -194,7 +197,7 @@ class RTransformerForAudioFrameClassification(RTransformerPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         """
-        Inputs as in [`RTransformerModel.forward`].
+        Inputs as in the base model's `forward`.
 
         Args:
             labels (*optional*):
@@ -274,12 +277,12 @@ class RTransformerForAudioFrameClassification(RTransformerPreTrainedModel):
         return (losses * scored).sum() / count
 
 
-class RTransformerForQuestionAnswering(RTransformerPreTrainedModel):
+class QuestionAnsweringHead:
     """Extractive question answering: where the answer begins and ends."""
 
-    def __init__(self, config: RTransformerConfig):
+    def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
-        self.model = RTransformerModel(config)
+        self.model = self.base_class(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -296,7 +299,7 @@ class RTransformerForQuestionAnswering(RTransformerPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
         """
-        Inputs as in [`RTransformerModel.forward`].
+        Inputs as in the base model's `forward`.
 
         Args:
             start_positions, end_positions (`(B,)`, *optional*): the answer's first and last position.
@@ -324,11 +327,3 @@ class RTransformerForQuestionAnswering(RTransformerPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
-
-
-__all__ = [
-    "RTransformerForAudioFrameClassification",
-    "RTransformerForQuestionAnswering",
-    "RTransformerForSequenceClassification",
-    "RTransformerForTokenClassification",
-]

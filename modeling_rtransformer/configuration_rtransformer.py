@@ -2,7 +2,7 @@
 """Configuration of R-Transformer, of Transformers with RSA heads, and of both together."""
 
 import difflib
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -15,51 +15,36 @@ REM_KINDS = ("none", "regular", "first_cyclical", "second_cyclical")
 REM_GATES = ("layer", "head")
 POSITION_EMBEDDINGS = ("none", "sinusoidal")
 LAYER_NORM_TYPES = ("standard", "original")
-INSTANCE_NORMS = ("none", "reversible", "last")
-FORECAST_HEADS = ("pooled", "flattened")
-FORECAST_LOSSES = ("mse", "huber")
 
-# Where the Auto classes of a machine without this package find the code, in the Hub repository of a checkpoint.
+# The class that each Auto class gives, as `file.class`. The Auto classes read it from the config of a checkpoint where
+# this package is not installed, and the package's `__init__` registers these classes.
 AUTO_MAP = {
     "AutoConfig": "configuration_rtransformer.RTransformerConfig",
     "AutoModel": "modeling_rtransformer.RTransformerModel",
-    "AutoModelForAudioFrameClassification": "classification.RTransformerForAudioFrameClassification",
+    "AutoModelForAudioFrameClassification": "modeling_rtransformer.RTransformerForAudioFrameClassification",
     "AutoModelForCausalLM": "modeling_rtransformer.RTransformerForCausalLM",
     "AutoModelForMaskedLM": "modeling_rtransformer.RTransformerForMaskedLM",
-    "AutoModelForQuestionAnswering": "classification.RTransformerForQuestionAnswering",
-    "AutoModelForSequenceClassification": "classification.RTransformerForSequenceClassification",
-    "AutoModelForTimeSeriesPrediction": "forecasting.RTransformerForTimeSeriesPrediction",
-    "AutoModelForTokenClassification": "classification.RTransformerForTokenClassification",
+    "AutoModelForQuestionAnswering": "modeling_rtransformer.RTransformerForQuestionAnswering",
+    "AutoModelForSequenceClassification": "modeling_rtransformer.RTransformerForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_rtransformer.RTransformerForTokenClassification",
 }
 
+# Transformers saves the files that a config's file imports beside a checkpoint, and reads the imports as text.
+if TYPE_CHECKING:
+    from .modeling_rtransformer import RTransformerModel  # noqa: F401
 
-def model_classes() -> dict[str, type]:
-    """
-    The model class of each Auto class in `AUTO_MAP`.
-
-    Imported here, in the file that all others import, the whole code is saved beside a checkpoint of any one class.
-    """
-    from .classification import (
-        RTransformerForAudioFrameClassification,
-        RTransformerForQuestionAnswering,
-        RTransformerForSequenceClassification,
-        RTransformerForTokenClassification,
-    )
-    from .forecasting import RTransformerForTimeSeriesPrediction
-    from .modeling_rtransformer import RTransformerForCausalLM, RTransformerForMaskedLM, RTransformerModel
-
-    classes = (
-        RTransformerModel,
-        RTransformerForAudioFrameClassification,
-        RTransformerForCausalLM,
-        RTransformerForMaskedLM,
-        RTransformerForQuestionAnswering,
-        RTransformerForSequenceClassification,
-        RTransformerForTimeSeriesPrediction,
-        RTransformerForTokenClassification,
-    )
-    by_place = {f"{cls.__module__.rsplit('.', 1)[-1]}.{cls.__name__}": cls for cls in classes}
-    return {auto_class: by_place[place] for auto_class, place in AUTO_MAP.items() if auto_class != "AutoConfig"}
+# Fields that forecasters had in this config until version 0.1, and their defaults, which every saved config.json has.
+# Forecasters have a config of their own since.
+FORMER_FIELDS = {
+    "prediction_length": None,
+    "context_length": None,
+    "patch_length": 1,
+    "instance_norm": "none",
+    "channel_independent": False,
+    "forecast_head": "pooled",
+    "linear_shortcut": False,
+    "forecast_loss": "mse",
+}
 
 
 def nearest(name: str, valid) -> str:
@@ -169,23 +154,6 @@ class RTransformerConfig(PreTrainedConfig):
         num_input_features (`int`, *optional*):
             If set, the input is `input_values` of shape `(batch, length, num_input_features)`, mapped by a linear
             layer in place of the token embedding; there is then no token embedding to tie.
-        prediction_length (`int`, *optional*): steps that [`RTransformerForTimeSeriesPrediction`] forecasts at once.
-        instance_norm (`str`, defaults to `"none"`):
-            `"reversible"` brings each channel of a series that is to be forecast to mean 0 and variance 1, and the
-            forecast back (Kim et al. 2022, without affine parameters); `"last"` takes its last value away, and adds it.
-        channel_independent (`bool`, defaults to `False`):
-            True: each channel of a series is read and forecast alone, with the same weights; `num_input_features` is 1.
-        context_length (`int`, *optional*): steps of the past that a model which forecasts sees; any number if None.
-        patch_length (`int`, defaults to 1):
-            Consecutive steps of a past that are read as one position, of `patch_length * num_input_features` numbers;
-            the first steps of a past that do not fill one are left out.
-        forecast_head (`str`, defaults to `"pooled"`):
-            The forecast is a linear layer of the last position (`"pooled"`; of the mean if not causal), or of all
-            positions side by side (`"flattened"`, which needs `context_length`).
-        linear_shortcut (`bool`, defaults to `False`):
-            Add a linear map over time, one for all channels, from the past to the horizon, with which the model begins
-            (NLinear of Zeng et al. 2023 with `instance_norm` `"last"`); needs `context_length`.
-        forecast_loss (`str`, defaults to `"mse"`): `"mse"`, or `"huber"` with its corner at 1.
         tie_word_embeddings (`bool`, defaults to `True`): the language model head uses the embedding's weight.
         lm_head_bias (`bool`, defaults to `True`): a bias in the language model head, as the original code has.
         embedding_dropout (`float`, defaults to 0.0): dropout of the embedded input.
@@ -214,6 +182,7 @@ class RTransformerConfig(PreTrainedConfig):
     """
 
     model_type = "rtransformer"
+    code: ClassVar[dict[str, str]] = AUTO_MAP
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "layers.*.self_attn.q_proj": "colwise",
@@ -244,14 +213,6 @@ class RTransformerConfig(PreTrainedConfig):
     layer_norm_type: str = "standard"
     layer_norm_eps: float = 1e-5
     num_input_features: int | None = None
-    prediction_length: int | None = None
-    instance_norm: str = "none"
-    channel_independent: bool = False
-    context_length: int | None = None
-    patch_length: int = 1
-    forecast_head: str = "pooled"
-    linear_shortcut: bool = False
-    forecast_loss: str = "mse"
     tie_word_embeddings: bool = True
     lm_head_bias: bool = True
     embedding_dropout: float | int = 0.0
@@ -269,6 +230,12 @@ class RTransformerConfig(PreTrainedConfig):
                 f"`model_type` must be {self.model_type!r}, got {kwargs['model_type']!r}: this is the checkpoint of "
                 "another model, which AutoModel loads"
             )
+        for name in FORMER_FIELDS.keys() & kwargs.keys() - self.__dataclass_fields__.keys():
+            if kwargs.pop(name) != FORMER_FIELDS[name]:
+                raise ValueError(
+                    f"`{name}` is a field of RTransformerForecasterConfig; in the config.json of a forecaster that was "
+                    "saved before version 0.2, change `model_type` to 'rtransformer_forecaster' (its weights stay)"
+                )
         for name in kwargs:
             hint = difflib.get_close_matches(name, self.architecture_fields(), n=1, cutoff=0.9)
             if hint and not hasattr(type(self), name):
@@ -277,7 +244,7 @@ class RTransformerConfig(PreTrainedConfig):
             self.intermediate_size = 4 * self.hidden_size
         if self.num_input_features is not None:
             self.tie_word_embeddings = False
-        kwargs.setdefault("auto_map", dict(AUTO_MAP))
+        kwargs.setdefault("auto_map", dict(self.code))
         super().__post_init__(**kwargs)
         self.validate_architecture()  # a plain ValueError at once; the strict dataclass repeats it after every change
 
@@ -312,27 +279,6 @@ class RTransformerConfig(PreTrainedConfig):
             self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         if self.num_input_features is not None:
             self._require(self.num_input_features >= 1, "num_input_features", "at least 1, or None for token ids")
-        if self.prediction_length is not None:
-            self._require(
-                self.prediction_length >= 1, "prediction_length", "at least 1, or None where none is asked for"
-            )
-        self._require_name("instance_norm", INSTANCE_NORMS)
-        if self.channel_independent:
-            self._require(self.num_input_features == 1, "num_input_features", "1 with `channel_independent`")
-        self._require_name("forecast_head", FORECAST_HEADS)
-        self._require_name("forecast_loss", FORECAST_LOSSES)
-        self._require(self.patch_length >= 1, "patch_length", "at least 1")
-        if self.context_length is not None:
-            self._require(
-                self.context_length >= self.patch_length,
-                "context_length",
-                f"at least `patch_length` ({self.patch_length}), or None for any",
-            )
-        elif self.forecast_head == "flattened" or self.linear_shortcut:
-            raise ValueError(
-                "`context_length` must be the steps of every past with `forecast_head` 'flattened' or "
-                "`linear_shortcut`, got None"
-            )
         self._validate_rem()
 
     def _validate_rem(self) -> None:
@@ -374,6 +320,15 @@ class RTransformerConfig(PreTrainedConfig):
         if isinstance(dilations, int):
             dilations = [dilations] * self.num_attention_heads
         return [(h, kind, m) for h, (kind, m) in enumerate(zip(self.rem_kinds, dilations)) if kind != "none"]
+
+    def layer_mixers(self, layer_idx: int) -> dict[str, int]:
+        """The mixers of the block `layer_idx` in the order in which they run: how many of each, by name in `MIXERS`."""
+        return {"local_rnn": self.num_local_rnns, "attention": 1}
+
+    @property
+    def input_size(self) -> int | None:
+        """Numbers of one position, None where the input is token ids."""
+        return self.num_input_features
 
     @property
     def head_dim(self) -> int:

@@ -9,10 +9,8 @@ pickle with the paths and the Hub token that the training was given. [`HubFilesC
 
 from pathlib import Path
 
-from transformers import TrainerCallback
+from transformers import PreTrainedConfig, TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
-
-from .configuration_rtransformer import RTransformerConfig
 
 
 WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
@@ -24,9 +22,9 @@ HUB_FILES = ("config.json", "generation_config.json", "*.py", *WEIGHT_FILES, *TO
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
 
-def save_code(folder: str | Path) -> list[str]:
-    """Write the code of all heads into `folder`, byte for byte that of this package; the names, sorted."""
-    return sorted({Path(path).name for path in custom_object_save(RTransformerConfig(), folder)})
+def save_code(folder: str | Path, config: PreTrainedConfig) -> list[str]:
+    """Write the code of all classes of a config into `folder`, as it is in this package; returns the names, sorted."""
+    return sorted({Path(path).name for path in custom_object_save(config, folder)})
 
 
 class HubFilesCallback(TrainerCallback):
@@ -39,9 +37,9 @@ class HubFilesCallback(TrainerCallback):
     the repository when `Trainer` pushes a whole checkpoint into a folder of its own.
     """
 
-    def on_push_begin(self, args, state, control, **kwargs):
+    def on_push_begin(self, args, state, control, model=None, **kwargs):
         folder = Path(args.output_dir)
-        save_code(folder)
+        save_code(folder, model.config)
         lines = ["/*", "!/.gitignore", *(f"!/{pattern}" for pattern in HUB_FILES)]
         (folder / ".gitignore").write_text("\n".join(lines) + "\n", encoding="utf-8")
 

@@ -20,9 +20,14 @@ import importlib.util
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers.utils import logging
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
 
+from .configuration_rtransformer import RTransformerConfig
 from .local_rnn_tiled import TiledLocalRnn
+from .positions import SequenceInfo
 
 
 logger = logging.get_logger(__name__)
@@ -268,6 +273,12 @@ def dense_weight(linear: nn.Module, in_features: int, like: torch.Tensor) -> tup
 class GateProjection(nn.Linear):
     """W x + b for all gates at once; a class of its own because it starts as `torch.nn`'s RNNs do, not as a linear."""
 
+    def init_parameters(self) -> None:
+        """uniform(-1 / sqrt(D), 1 / sqrt(D))"""
+        bound = self.in_features**-0.5
+        init.uniform_(self.weight, -bound, bound)
+        init.uniform_(self.bias, -bound, bound)
+
 
 class LocalRNN(nn.Module):
     """
@@ -358,3 +369,74 @@ class LocalRNN(nn.Module):
 
     def extra_repr(self) -> str:
         return f"hidden_size={self.hidden_size}, window={self.window}, rnn_type={self.rnn_type!r}"
+
+
+class RTransformerLocalRNN(nn.Module):
+    """
+    The LocalRNN mixer of a block: a LocalRNN with its padding and its window in the cache; in a bidirectional model the
+    sum of two, the second of which runs from right to left over x[t..t+K-1].
+
+    With `local_padding` "none" a further channel goes through the window and the cache: 1 for the inputs of the
+    sequence, 0 for what stands before them.
+    """
+
+    def __init__(self, config: RTransformerConfig, layer_idx: int, index: int = 0):
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.index = index  # which of the block's LocalRNNs, and so which of the cache's windows
+        self.window = config.local_window
+        self.padded_with_zeros = config.local_padding == "zeros"
+        self.rnn = LocalRNN(config.hidden_size, config.local_window, config.local_rnn_type)
+        self.reverse_rnn = None
+        if not config.is_causal:
+            self.reverse_rnn = LocalRNN(config.hidden_size, config.local_window, config.local_rnn_type)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, T, D)
+        sequence: SequenceInfo,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, None]:
+        padding_mask, segment_ids = sequence.padding_mask, sequence.segment_ids
+        if padding_mask is not None:
+            hidden_states = hidden_states * padding_mask[..., None].to(hidden_states.dtype)
+        outputs = self._run(self.rnn, hidden_states, padding_mask, segment_ids, cache)
+        if self.reverse_rnn is not None:
+            turned = (None if tensor is None else tensor.flip(1) for tensor in (padding_mask, segment_ids))
+            outputs = outputs + self._run(self.reverse_rnn, hidden_states.flip(1), *turned).flip(1)
+        return outputs, None
+
+    def _run(
+        self,
+        rnn: LocalRNN,
+        hidden_states: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        segment_ids: torch.Tensor | None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """`(B, T, D)`: the LocalRNN from left to right, after what the cache has of the inputs before."""
+        if self.padded_with_zeros or self.window == 1:
+            return rnn(self._with_window_before(hidden_states, cache), segment_ids)
+        is_first = cache is None or not cache.has_previous_state(self.layer_idx, self.index)
+        runs_over = is_first and segment_ids is None and rnn.can_run_over(hidden_states)
+        if runs_over and cache is None:  # nothing reads the windows
+            return rnn.over_sequence(hidden_states, padding_mask)
+        present = torch.ones_like(hidden_states[..., :1])
+        if padding_mask is not None:
+            present = present * padding_mask[..., None].to(present.dtype)
+        windows = self._with_window_before(torch.cat([hidden_states, present], dim=-1), cache)
+        if runs_over:
+            return rnn.over_sequence(hidden_states, padding_mask)
+        return rnn(windows[..., :-1], segment_ids, started=(windows[..., -1] != 0).cumsum(1) > 0)
+
+    def _with_window_before(self, hidden_states: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """`(B, K - 1 + T, D)`: the K - 1 inputs before, which are zeros at the beginning, then the T inputs."""
+        if cache is None or self.window == 1:
+            return F.pad(hidden_states, (0, 0, self.window - 1, 0))
+        needed = self.window - 1 + hidden_states.shape[1]
+        inputs = hidden_states.transpose(1, 2)
+        if not cache.has_previous_state(self.layer_idx, self.index):
+            inputs = F.pad(inputs, (self.window - 1, 0))  # here, where the cache would make short inputs a special case
+        states = cache.update_conv_state(inputs, self.layer_idx, state_idx=self.index, conv_kernel_size=self.window)
+        return states[..., -needed:].transpose(1, 2)

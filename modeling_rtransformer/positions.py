@@ -6,10 +6,28 @@ Where each position of a batch stands: in which packed sequence, at which place 
 # B batch, T positions of this call, L positions with the past, D hidden size
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 from transformers.masking_utils import find_packed_sequence_indices
+
+
+class SequenceInfo(NamedTuple):
+    """
+    What a mixer must know of the T positions that it is given.
+
+    Args:
+        attention_mask: as the attention implementation takes it: `(B, 1, T, L)`, a `BlockMask`, or None for no mask.
+        padding_mask (`(B, T)`): 0 where padded; None where nothing is.
+        segment_ids (`(B, T)`): equal ids mark the positions of one packed sequence; None where rows are not packed.
+        position_ids (`(B or 1, T)`): the place of each position in its sequence.
+    """
+
+    attention_mask: torch.Tensor | None = None
+    padding_mask: torch.Tensor | None = None
+    segment_ids: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
 
 
 def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:

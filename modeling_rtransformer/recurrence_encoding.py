@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 
 from .head_shard import HeadShard
 
@@ -239,6 +240,16 @@ class RecurrenceEncoding(nn.Module):
         self.mu = nn.Parameter(torch.empty(1 if gate == "layer" else len(rem_heads)))
         for name, index in self.index_buffers().items():
             self.register_buffer(name, index, persistent=False)
+
+    def init_parameters(self) -> None:
+        """eta uniform on [-2, -1] u [1, 2], nu uniform on [1, 2], theta pi / 4, mu uniform on [-3, 3]; the indices."""
+        eta = torch.empty_like(self.eta).uniform_(-1, 1)
+        init.copy_(self.eta, eta + torch.where(eta < 0, -1.0, 1.0))
+        init.uniform_(self.nu, 1, 2)
+        init.constant_(self.theta, math.pi / 4)
+        init.uniform_(self.mu, -3, 3)
+        for name, index in self.index_buffers().items():
+            init.copy_(getattr(self, name), index)
 
     @staticmethod
     def _share_eigenvalues(rem_heads: list[tuple[int, str, int]]) -> tuple[list[int], int, int]:

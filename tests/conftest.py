@@ -12,7 +12,7 @@ import torch
 import transformers.utils.hub
 from huggingface_hub import constants
 
-from modeling_rtransformer import RTransformerConfig
+from modeling_rtransformer import RTransformerConfig, RTransformerForecasterConfig
 from tests.hub_server import WRITE_TOKEN, HubServer
 
 
@@ -37,7 +37,7 @@ VARIANTS = {
 
 
 def tiny_config(variant="gru-and-rsa", **fields):
-    """A model of two blocks, five heads and width 20, in float64-friendly odd sizes."""
+    """A model of two blocks, five heads and width 20, in odd sizes; a forecaster's if it has a `prediction_length`."""
     fields = {
         "vocab_size": 37,
         "hidden_size": 20,
@@ -51,7 +51,7 @@ def tiny_config(variant="gru-and-rsa", **fields):
         **VARIANTS[variant],
         **fields,
     }
-    return RTransformerConfig(**fields)
+    return (RTransformerForecasterConfig if "prediction_length" in fields else RTransformerConfig)(**fields)
 
 
 @pytest.fixture(params=VARIANTS)

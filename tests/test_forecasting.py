@@ -45,7 +45,12 @@ disable_tqdm = true
 [report]
 metrics = ["mse", "mae"]
 """
-FORECASTER = {"num_input_features": 1, "channel_independent": True, "instance_norm": "reversible"}
+FORECASTER = {
+    "model_type": "rtransformer_forecaster",
+    "num_input_features": 1,
+    "channel_independent": True,
+    "instance_norm": "reversible",
+}
 
 
 def waves(steps):

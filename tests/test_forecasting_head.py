@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers import AutoModelForTimeSeriesPrediction
 
 from modeling_rtransformer import RTransformerConfig, RTransformerForTimeSeriesPrediction
@@ -169,9 +170,8 @@ def test_a_saved_model_is_loaded_by_its_auto_class(variant, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prediction_length": None}, "`prediction_length` must be at least 1 for a model that forecasts, got None"),
-        ({"num_input_features": None}, "`num_input_features` must be at least 1 for a model that forecasts, got None"),
-        ({"prediction_length": 0}, "`prediction_length` must be at least 1, or None .* got 0"),
+        ({"prediction_length": 0}, "`prediction_length` must be at least 1, got 0"),
+        ({"num_input_features": 0}, "`num_input_features` must be at least 1.*, got 0"),
         ({"instance_norm": "revin"}, "`instance_norm` must be one of none, reversible, last, got 'revin'"),
         ({"channel_independent": True}, "`num_input_features` must be 1 with `channel_independent`, got 3"),
         ({"forecast_head": "flattened"}, "`context_length` must be the steps of every past with .* got None"),
@@ -222,5 +222,27 @@ def test_pasts_of_fixed_length_are_not_padded(fields, steps, mask, message):
         forecaster(**fields)(past_values=torch.ones(2, steps, CHANNELS), attention_mask=mask)
 
 
-def test_a_config_without_a_horizon_is_that_of_every_other_head():
-    assert RTransformerConfig().prediction_length is None
+@pytest.mark.parametrize("name", ["prediction_length", "num_input_features"])
+def test_a_forecaster_needs_a_horizon_and_channels(name):
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"Field '{name}' expected int, got NoneType"):
+        forecaster(**{name: None})
+
+
+def test_a_forecaster_from_before_it_had_a_config_of_its_own_says_how_to_convert_it(tmp_path):
+    model = forecaster(patch_length=3)
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    text = path.read_text()
+    path.write_text(text.replace('"rtransformer_forecaster"', '"rtransformer"'))
+    with pytest.raises(ValueError, match="change `model_type` to 'rtransformer_forecaster'"):
+        AutoModelForTimeSeriesPrediction.from_pretrained(tmp_path)
+    path.write_text(text)  # what the message says
+    past = torch.randn(2, 9, CHANNELS)
+    loaded = AutoModelForTimeSeriesPrediction.from_pretrained(tmp_path)
+    assert torch.equal(loaded(past_values=past).prediction_outputs, model(past_values=past).prediction_outputs)
+
+
+def test_the_other_models_have_no_fields_of_forecasters_but_load_a_config_that_has_them_unused():
+    saved_before = {"prediction_length": None, "context_length": None, "patch_length": 1, "instance_norm": "none"}
+    config = RTransformerConfig.from_dict({"model_type": "rtransformer", "hidden_size": 64, **saved_before})
+    assert not saved_before.keys() & config.to_dict().keys()

@@ -361,7 +361,8 @@ def test_whole_checkpoints_with_their_optimizer_are_never_pushed(hub, tmp_path):
 def test_the_callback_keeps_to_the_list(tmp_path):
     from transformers import TrainingArguments
 
-    HubFilesCallback().on_push_begin(TrainingArguments(output_dir=str(tmp_path)), None, None)
+    model = RTransformerForCausalLM(tiny_config())
+    HubFilesCallback().on_push_begin(TrainingArguments(output_dir=str(tmp_path)), None, None, model=model)
     lines = (tmp_path / ".gitignore").read_text().splitlines()
     assert lines[0] == "/*" and lines[1:] == [f"!/{pattern}" for pattern in (".gitignore", *HUB_FILES)]
     assert (tmp_path / "modeling_rtransformer.py").read_bytes() == (PACKAGE / "modeling_rtransformer.py").read_bytes()

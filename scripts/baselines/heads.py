@@ -1,9 +1,9 @@
 """
 What the baselines of causal sequence models share: their input, their heads, and what padding does.
 
-The heads are those of `modeling_rtransformer` around another base: same arguments, labels, losses and errors, so a
-recipe's task runs unchanged. Padding, on either side, changes no output: the real positions are brought to the front
-(`real_first`), where a causal model sees nothing before them, and their outputs are put back.
+The heads are those of `modeling_rtransformer` over another base model: same arguments, labels, losses and errors, so a
+recipe's task runs unchanged. Padding, on either side, changes no output: the real positions are moved to the front
+(`real_first`), where a causal model sees nothing before them, and their outputs are moved back.
 """
 
 # B batch, T positions, D hidden size, F input features
@@ -20,14 +20,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.generation import GenerationMixin
 
-from modeling_rtransformer.classification import (
-    RTransformerForAudioFrameClassification,
-    RTransformerForSequenceClassification,
-    real_positions,
-)
-from modeling_rtransformer.modeling_rtransformer import RTransformerForCausalLM, RTransformerModel
+from modeling_rtransformer.classification import FrameClassificationHead, SequenceClassificationHead, real_positions
+from modeling_rtransformer.inputs import embed_inputs
+from modeling_rtransformer.language_modeling import CausalLMHead
+from modeling_rtransformer.library_versions import BaseModelOutputWithPast
 
 
 @strict
@@ -67,7 +65,6 @@ class BaselineConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     is_causal = True  # not a field: each of these models sees the past only
-    patch_length = 1  # nor this: a position is one step
 
     def __post_init__(self, **kwargs) -> None:
         if self.num_input_features is not None:
@@ -110,6 +107,8 @@ class BaselineModel(BaselinePreTrainedModel):
     `run`, which never sees padding before a real position.
     """
 
+    pretrained_class = BaselinePreTrainedModel
+
     def __init__(self, config: BaselineConfig):
         super().__init__(config)
         if config.num_input_features is None:
@@ -130,8 +129,6 @@ class BaselineModel(BaselinePreTrainedModel):
         """(B, T, input size) -> (B, T, D)"""
         raise NotImplementedError
 
-    _embed = RTransformerModel._embed
-
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -144,7 +141,7 @@ class BaselineModel(BaselinePreTrainedModel):
         Exactly one of `input_ids` `(B, T)`, `inputs_embeds` `(B, T, D)` and, in a model with `num_input_features`,
         `input_values` `(B, T, F)`; `attention_mask` `(B, T)` is 0 where padded.
         """
-        inputs = self._embed(input_ids, inputs_embeds, input_values)
+        inputs = embed_inputs(self, input_ids, inputs_embeds, input_values)
         if input_values is None:
             inputs = self.embedding_dropout(inputs)
         real = real_positions(attention_mask, inputs.shape[1])
@@ -161,53 +158,29 @@ def real_first(real: torch.Tensor) -> torch.Tensor:
     return real.logical_not().long().argsort(dim=1, stable=True)
 
 
-class CausalLM(BaselinePreTrainedModel):
-    """A language model over `model_class`: the next token's logits at each position."""
-
-    model_class: type[BaselineModel]
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: BaselineConfig):
-        super().__init__(config)
-        self.model = self.model_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
-
-    forward = RTransformerForCausalLM.forward
+# The heads that a baseline gets, by Auto class; the classes that they are made of stand before the baseline's own.
+HEADS = {
+    AutoModelForCausalLM: ((CausalLMHead,), (GenerationMixin,)),
+    AutoModelForSequenceClassification: ((SequenceClassificationHead,), ()),
+    AutoModelForAudioFrameClassification: ((FrameClassificationHead,), ()),
+}
 
 
-class SequenceClassification(BaselinePreTrainedModel):
-    """A classifier over `model_class`: one prediction a sequence, from its last real position."""
+def register(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
+    """
+    Make the three heads of a base model and register all of it with the Auto classes.
 
-    model_class: type[BaselineModel]
-
-    def __init__(self, config: BaselineConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = self.model_class(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    forward = RTransformerForSequenceClassification.forward
-
-
-class FrameClassification(SequenceClassification):
-    """One or several labels of each frame, over `model_class`."""
-
-    forward = RTransformerForAudioFrameClassification.forward
-    _check_labels = RTransformerForAudioFrameClassification._check_labels
-    _loss = RTransformerForAudioFrameClassification._loss
-
-
-def register(config_class: type[BaselineConfig], model_class: type[BaselineModel]) -> None:
-    """Make the three heads of a base model and register all of it with the Auto classes."""
+    Args:
+        model_class: named `...Model`; its `pretrained_class` is the `PreTrainedModel` that its heads share.
+    """
     AutoConfig.register(config_class.model_type, config_class)
     AutoModel.register(config_class, model_class)
-    for auto_class, head in (
-        (AutoModelForCausalLM, CausalLM),
-        (AutoModelForSequenceClassification, SequenceClassification),
-        (AutoModelForAudioFrameClassification, FrameClassification),
-    ):
+    for auto_class, (before, behind) in HEADS.items():
         name = model_class.__name__.removesuffix("Model") + auto_class.__name__.removeprefix("AutoModel")
-        fields = {"config_class": config_class, "model_class": model_class, "__doc__": head.__doc__}
-        auto_class.register(config_class, type(name, (head,), fields))
+        fields = {
+            "config_class": config_class,
+            "base_class": model_class,
+            "__doc__": before[0].__doc__,
+            "__module__": model_class.__module__,
+        }
+        auto_class.register(config_class, type(name, (*before, model_class.pretrained_class, *behind), fields))

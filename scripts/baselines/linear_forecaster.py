@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForTimeSeriesPrediction, PreTraine
 from transformers import initialization as init
 
 from modeling_rtransformer.configuration_rtransformer import nearest
-from modeling_rtransformer.forecasting import RTransformerTimeSeriesPredictionOutput
+from modeling_rtransformer.modeling_forecaster import RTransformerTimeSeriesPredictionOutput
 
 
 KINDS = ("nlinear", "dlinear")

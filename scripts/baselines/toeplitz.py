@@ -15,20 +15,13 @@ Source: Huang et al. 2023, "Encoding Recurrence into Transformers" (ICLR 2023), 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForAudioFrameClassification,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-)
+from transformers import initialization as init
 
-from modeling_rtransformer import (
-    RTransformerConfig,
-    RTransformerForAudioFrameClassification,
-    RTransformerForCausalLM,
-    RTransformerForSequenceClassification,
-)
+from modeling_rtransformer import RTransformerConfig, RTransformerModel, RTransformerPreTrainedModel
+from modeling_rtransformer.attention import RTransformerAttention
+from modeling_rtransformer.block import MIXERS
 from modeling_rtransformer.head_shard import HeadShard
+from scripts.baselines.heads import register
 
 
 @strict
@@ -43,12 +36,12 @@ class ToeplitzConfig(RTransformerConfig):
     """
 
     model_type = "toeplitz"
-    _auto_class = None  # the code stays here
+    code = {}  # of the Hub: none, this model is for comparisons in a checkout
+    _auto_class = None
 
     max_length: int = 512
 
     def __post_init__(self, **kwargs) -> None:
-        kwargs.setdefault("auto_map", {})
         if self.rem_kinds is None:
             self.rem_kinds = ["regular"] * self.num_attention_heads
         super().__post_init__(**kwargs)
@@ -59,20 +52,27 @@ class ToeplitzConfig(RTransformerConfig):
         if not any(self.layer_rem_heads(layer) for layer in range(self.num_hidden_layers)):
             raise ValueError(f"`rem_kinds` must name at least one head that is not none, got {self.rem_kinds}")
 
+    def layer_mixers(self, layer_idx: int) -> dict[str, int]:
+        """As of [`RTransformerConfig`], with Toeplitz heads in the attention."""
+        return {"local_rnn": self.num_local_rnns, "toeplitz_attention": 1}
+
 
 class LearnedToeplitz(nn.Module):
     """
     The matrices of one attention layer and their gate, in the place of `RecurrenceEncoding`.
-
-    Initial values: weights normal(0, 0.02), the gate's mu uniform on [-3, 3] as a REM's.
     """
 
     def __init__(self, heads: list[int], num_attention_heads: int, gate: str, max_length: int):
         super().__init__()
         self.heads = heads
         self.num_attention_heads = num_attention_heads
-        self.weight = nn.Parameter(0.02 * torch.randn(len(heads), max_length - 1))  # of the distances 1, 2, ...
-        self.mu = nn.Parameter(torch.empty(1 if gate == "layer" else len(heads)).uniform_(-3, 3))
+        self.weight = nn.Parameter(torch.empty(len(heads), max_length - 1))  # of the distances 1, 2, ...
+        self.mu = nn.Parameter(torch.empty(1 if gate == "layer" else len(heads)))
+
+    def init_parameters(self) -> None:
+        """Weights normal(0, 0.02), mu uniform on [-3, 3]."""
+        init.normal_(self.weight, std=0.02)
+        init.uniform_(self.mu, -3, 3)
 
     def gates(self) -> torch.Tensor:
         """gate = sigmoid(mu) of each of the H heads, zero for a plain one: `(H,)`."""
@@ -130,27 +130,31 @@ def _all_heads(shard: HeadShard | None) -> None:
         raise ValueError("the Toeplitz baseline has all its heads in one process; leave tensor parallelism")
 
 
-def with_toeplitz(name: str, head: type) -> type:
-    """A model class like `head` in which learned Toeplitz matrices stand where the REMs were."""
+class ToeplitzAttention(RTransformerAttention):
+    """The attention mixer with learned Toeplitz matrices where RSA has REMs."""
 
-    def __init__(self, config: ToeplitzConfig):
-        head.__init__(self, config)
-        for index, layer in enumerate(self.model.layers):
-            heads = [number for number, _, _ in config.layer_rem_heads(index)]
-            if heads:
-                layer.self_attn.recurrence = LearnedToeplitz(
-                    heads, config.num_attention_heads, config.rem_gate, config.max_length
-                )
-
-    fields = {"__init__": __init__, "__doc__": head.__doc__, "config_class": ToeplitzConfig, "_auto_class": None}
-    return type(name, (head,), fields)
+    @staticmethod
+    def make_recurrence(config: ToeplitzConfig, layer_idx: int) -> LearnedToeplitz | None:
+        heads = [head for head, _, _ in config.layer_rem_heads(layer_idx)]
+        if not heads:
+            return None
+        return LearnedToeplitz(heads, config.num_attention_heads, config.rem_gate, config.max_length)
 
 
-AutoConfig.register(ToeplitzConfig.model_type, ToeplitzConfig)
-for auto_class, head in (
-    (AutoModelForCausalLM, RTransformerForCausalLM),
-    (AutoModelForSequenceClassification, RTransformerForSequenceClassification),
-    (AutoModelForAudioFrameClassification, RTransformerForAudioFrameClassification),
-):
-    name = head.__name__.replace("RTransformer", "Toeplitz")
-    auto_class.register(ToeplitzConfig, with_toeplitz(name, head))
+class ToeplitzPreTrainedModel(RTransformerPreTrainedModel):
+    """What the base model and its heads share."""
+
+    config_class = ToeplitzConfig
+    _auto_class = None
+
+
+class ToeplitzModel(RTransformerModel):
+    """Our blocks with [`ToeplitzAttention`]."""
+
+    config_class = ToeplitzConfig
+    pretrained_class = ToeplitzPreTrainedModel
+    _auto_class = None
+
+
+MIXERS["toeplitz_attention"] = MIXERS["attention"]._replace(module=ToeplitzAttention)
+register(ToeplitzConfig, ToeplitzModel)

@@ -1,5 +1,5 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
-"""The head that forecasts: all steps of the horizon at once, from what the model made of the past."""
+"""A model that forecasts time series: all steps of the horizon at once, from what the blocks made of the past."""
 
 # B batch, L steps of the past, P steps of the horizon, C channels, N positions (patches of the past), D hidden size
 
@@ -13,7 +13,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from .classification import pool
-from .configuration_rtransformer import RTransformerConfig
+from .configuration_forecaster import RTransformerForecasterConfig
 from .library_versions import BaseModelOutputWithPast
 from .modeling_rtransformer import RTransformerModel, RTransformerPreTrainedModel
 
@@ -39,6 +39,13 @@ class RTransformerTimeSeriesPredictionOutput(ModelOutput):
     scale: torch.FloatTensor | None = None
 
 
+class RTransformerForecasterModel(RTransformerModel):
+    """The blocks alone: the base model of a forecaster, which reads patches as `input_values`."""
+
+    config: RTransformerForecasterConfig
+    config_class = RTransformerForecasterConfig
+
+
 class RTransformerForTimeSeriesPrediction(RTransformerPreTrainedModel):
     """
     Direct forecasting of `prediction_length` steps: one linear layer from what the model made of the past to all steps
@@ -58,15 +65,14 @@ class RTransformerForTimeSeriesPrediction(RTransformerPreTrainedModel):
     2023, "Are Transformers Effective for Time Series Forecasting?" (AAAI 2023), section 4: NLinear.
     """
 
+    config: RTransformerForecasterConfig
+    config_class = RTransformerForecasterConfig
     main_input_name = "past_values"
 
-    def __init__(self, config: RTransformerConfig):
+    def __init__(self, config: RTransformerForecasterConfig):
         super().__init__(config)
         self.main_input_name = "past_values"
-        for name in ("prediction_length", "num_input_features"):
-            if getattr(config, name) is None:
-                raise ValueError(f"`{name}` must be at least 1 for a model that forecasts, got None")
-        self.model = RTransformerModel(config)
+        self.model = RTransformerForecasterModel(config)
         positions = config.context_length // config.patch_length if config.forecast_head == "flattened" else 1
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.head = nn.Linear(positions * config.hidden_size, config.prediction_length * config.num_input_features)
@@ -192,4 +198,8 @@ class RTransformerForTimeSeriesPrediction(RTransformerPreTrainedModel):
             )
 
 
-__all__ = ["RTransformerForTimeSeriesPrediction", "RTransformerTimeSeriesPredictionOutput"]
+__all__ = [
+    "RTransformerForTimeSeriesPrediction",
+    "RTransformerForecasterModel",
+    "RTransformerTimeSeriesPredictionOutput",
+]

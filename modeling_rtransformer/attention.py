@@ -1,0 +1,127 @@
+# Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
+"""
+Multi-head attention whose heads are plain or, with a Recurrence Encoding Matrix (REM) P gated in, RSA heads:
+
+    plain head   softmax(Q K' / sqrt(d) + mask) V
+    RSA head     [(1 - gate) * softmax(Q K' / sqrt(d) + mask) + gate * P] V
+
+Sources: Vaswani et al. 2017, "Attention Is All You Need", section 3.2; Huang et al. 2023, "Encoding Recurrence into
+Transformers" (ICLR 2023), section 3.
+"""
+
+# B batch, T positions of this call, L positions with the past, D hidden size, H heads, d head size
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+
+from .configuration_rtransformer import RTransformerConfig
+from .head_shard import HeadShard
+from .positions import SequenceInfo
+from .recurrence_encoding import RecurrenceEncoding
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """softmax(Q K' scaling + mask) V `(B, T, H, d)` and the softmax itself `(B, H, T, L)`, from `(B, H, ., d)`."""
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class RTransformerAttention(nn.Module):
+    """The attention mixer of a block: multi-head attention whose heads are plain or RSA heads."""
+
+    def __init__(self, config: RTransformerConfig, layer_idx: int, index: int = 0):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = config.is_causal
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.recurrence = self.make_recurrence(config, layer_idx)
+
+    @staticmethod
+    def make_recurrence(config: RTransformerConfig, layer_idx: int) -> nn.Module | None:
+        """The REMs of a block with their gate, or None for plain heads alone. A variant of RSA overrides this."""
+        rem_heads = config.layer_rem_heads(layer_idx)
+        if not rem_heads:
+            return None
+        return RecurrenceEncoding(
+            rem_heads, config.num_attention_heads, gate=config.rem_gate, is_causal=config.is_causal
+        )
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,  # (B, T, D)
+        sequence: SequenceInfo,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Returns the output `(B, T, D)` and, from an implementation that has them, the weights `(B, H, T, L)` that
+        multiply the values: for an RSA head gate, softmax and REM together.
+        """
+        input_shape = hidden_states.shape[:-1]
+        query, key, value = (
+            proj(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if self.recurrence is not None and sequence.padding_mask is not None:
+            value = value * sequence.padding_mask[:, None, :, None].to(value.dtype)
+        positions = None
+        if cache is not None:
+            # Read before `update`, which counts on in place.
+            past_length = cache.get_seq_length(self.layer_idx)
+            positions = past_length + torch.arange(input_shape[1], device=hidden_states.device)
+            if isinstance(past_length, int) and past_length == 0:
+                positions = None
+            key, value_states = cache.update(key, value, self.layer_idx)
+        else:
+            value_states = value
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self,
+            query,
+            key,
+            value_states,
+            sequence.attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            position_ids=sequence.position_ids,
+            **kwargs,
+        )  # (B, T, H, d), (B, H, T, L) or None
+        if self.recurrence is not None:
+            shard = HeadShard.of(self.v_proj.weight, value.shape[1], self.config.num_attention_heads)
+            if weights is not None:  # the definition, from the matrix
+                weights = self.recurrence.mixing_matrix(weights, positions, sequence.segment_ids, shard)
+                output = (weights @ value_states).transpose(1, 2)
+            else:  # without a past the queries are all positions there are, also in a cache with room for more
+                values = value if positions is None else value_states
+                output = self.recurrence(output, values, positions, sequence.segment_ids, shard)
+        return self.o_proj(output.reshape(*input_shape, -1)), weights

@@ -1,0 +1,156 @@
+# Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
+"""
+Heads of language models, over the base model of any system of this package.
+
+A system gets a head by one line, `class SystemForCausalLM(CausalLMHead, SystemPreTrainedModel, GenerationMixin)`, where
+`SystemPreTrainedModel.base_class` is its base model. The generic heads of Transformers ask `AutoModel` for the base,
+which fails for code that is loaded from a folder: there the classes of a config and of its model's file are two.
+"""
+
+# B batch, T positions of this call, V vocabulary
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import MaskedLMOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
+
+from .inputs import check_ids
+from .library_versions import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    accepts_both_cache_names,
+    named_cache,
+)
+
+
+logger = logging.get_logger(__name__)
+
+
+class CausalLMHead:
+    """
+    A causal language model: the next token's logits at each position. `GenerationMixin` stands behind the system's
+    `PreTrainedModel` among the base classes.
+    """
+
+    generate = accepts_both_cache_names(GenerationMixin.generate)
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        self.model = self.base_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @accepts_both_cache_names
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        input_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        """
+        Inputs as in the base model's `forward`.
+
+        Args:
+            labels (`(B, T)`, *optional*): the input ids; they are shifted inside, and -100 is not scored.
+            logits_to_keep (`int` or tensor): logits of the last so many positions, or of these; 0 for all.
+
+        Returns:
+            `logits` `(B, T, V)`, with `labels` also the `loss` in nats a token.
+        """
+        if labels is not None:
+            check_ids("labels", labels, self.config.vocab_size, "`vocab_size`")
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            cache=cache,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            **named_cache(outputs.cache),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class MaskedLMHead:
+    """A masked language model: the logits of each position's own token, from both sides (`is_causal=False`)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: PreTrainedConfig):
+        super().__init__(config)
+        if config.is_causal:
+            logger.warning_once(
+                f"{type(self).__name__} with `is_causal=True` fills each mask from the text before it alone; "
+                "`is_causal=False` in the config lets it see both sides"
+            )
+        self.model = self.base_class(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        input_values: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """
+        Inputs as in the base model's `forward`.
+
+        Args:
+            labels (`(B, T)`, *optional*): the token that belongs at each position; -100 is not scored.
+
+        Returns:
+            `logits` `(B, T, V)`, with `labels` also the `loss` in nats a scored token.
+        """
+        if labels is not None:
+            check_ids("labels", labels, self.config.vocab_size, "`vocab_size`")
+        outputs: BaseModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            input_values=input_values,
+            use_cache=False,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
