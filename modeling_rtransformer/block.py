@@ -135,7 +135,7 @@ class RTransformerLocalRNN(nn.Module):
         windows = self._with_window_before(torch.cat([hidden_states, present], dim=-1), cache)
         if runs_over:
             return rnn.over_sequence(hidden_states, padding_mask)
-        return rnn(windows[..., :-1], segment_ids, started=(windows[..., -1] != 0).cumsum(1) > 0)
+        return rnn(windows[..., :-1], segment_ids, in_sequence=(windows[..., -1] != 0).cumsum(1) > 0)
 
     def _with_window_before(self, hidden_states: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """`(B, K - 1 + T, D)`: the K - 1 inputs before, which are zeros at the beginning, then the T inputs."""
