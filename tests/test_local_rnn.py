@@ -1,5 +1,6 @@
 """The LocalRNN equals torch's own RNNs run over unfolded windows, gradients included."""
 
+import logging
 import shutil
 import sys
 
@@ -8,8 +9,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modeling_rtransformer import local_rnn, local_rnn_tiled
-from modeling_rtransformer.local_rnn import ONE_RUN_FROM, LocalRNN, best_implementation, local_rnn_reference
+from modeling_rtransformer import local_rnn_c, local_rnn_steps
+from modeling_rtransformer.local_rnn import ONE_RUN_FROM, LocalRNN
+from modeling_rtransformer.local_rnn_steps import best_implementation, local_rnn_reference
 
 
 TORCH_RNNS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
@@ -17,11 +19,11 @@ needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no 
 SHAPES = [(2, 63, 20, 7), (1, 5, 3, 9), (3, 1, 4, 2), (2, 10, 6, 1), (5, 9, 2, 3)]
 
 
-@pytest.fixture(params=["plain", "tiled", pytest.param("fused", marks=needs_gcc)])
+@pytest.fixture(params=["plain", pytest.param("c", marks=needs_gcc)])
 def implementation(request, monkeypatch):
-    """Each implementation by name; tiles of a few rows, so that small sizes have several and uneven ones."""
-    monkeypatch.setattr(local_rnn_tiled, "TILE_ROWS", 20)
-    monkeypatch.setattr(local_rnn_tiled, "TILE_ELEMENTS", 1)
+    """Each implementation by name; blocks of a few rows, so that small sizes have several and uneven ones."""
+    monkeypatch.setattr(local_rnn_c, "BLOCK_ROWS", 20)
+    monkeypatch.setattr(local_rnn_c, "THREAD_ROWS", 5)
     return request.param
 
 
@@ -58,9 +60,9 @@ def test_it_equals_the_unfolded_reference(rnn_type, shape, packed, unpadded, imp
     inputs = torch.randn(batch, length, hidden, dtype=torch.float64, requires_grad=True)
     padded = F.pad(inputs, (0, 0, window - 1, 0))
     segment_ids = torch.arange(length).div(4, rounding_mode="floor").expand(batch, -1) if packed else None
-    started = first_inputs(batch, length, window) if unpadded else None
-    ours = local_rnn(padded, segment_ids, started)
-    theirs = local_rnn_reference(padded, torch_rnn(local_rnn), window, segment_ids, started)
+    in_sequence = first_inputs(batch, length, window) if unpadded else None
+    ours = local_rnn(padded, segment_ids, in_sequence)
+    theirs = local_rnn_reference(padded, torch_rnn(local_rnn), window, segment_ids, in_sequence)
     torch.testing.assert_close(ours, theirs)
     wanted = (inputs, *local_rnn.parameters())
     torch.testing.assert_close(gradients(ours, *wanted), gradients(theirs, *wanted))
@@ -72,11 +74,11 @@ def test_over_a_sequence_in_its_window_it_is_one_run_of_the_rnn(rnn_type, padded
     torch.manual_seed(0)
     local_rnn = LocalRNN(6, 14, rnn_type).double()
     inputs = torch.randn(3, 11, 6, dtype=torch.float64, requires_grad=True)
-    started = first_inputs(3, 11, 14) if padded else (torch.arange(24) >= 13).expand(3, -1)
+    in_sequence = first_inputs(3, 11, 14) if padded else (torch.arange(24) >= 13).expand(3, -1)
     assert local_rnn.can_run_over(inputs) and not local_rnn.can_run_over(F.pad(inputs, (0, 0, 4, 0)))
-    real = started[:, 13:, None]
-    fast = local_rnn.over_sequence(inputs, started[:, 13:].long() if padded else None) * real
-    windows = local_rnn(F.pad(inputs, (0, 0, 13, 0)), None, started) * real
+    real = in_sequence[:, 13:, None]
+    fast = local_rnn.over_sequence(inputs, in_sequence[:, 13:].long() if padded else None) * real
+    windows = local_rnn(F.pad(inputs, (0, 0, 13, 0)), None, in_sequence) * real
     whole = torch_rnn(local_rnn)(inputs[:1])[0]  # its first row begins at once in both cases
     torch.testing.assert_close(fast, windows)
     torch.testing.assert_close(fast[:1], whole)
@@ -92,13 +94,13 @@ def test_one_long_window_is_one_run_of_the_rnn(rnn_type, unpadded, monkeypatch):
     local_rnn = LocalRNN(6, ONE_RUN_FROM, rnn_type).double()
     inputs = torch.randn(4, ONE_RUN_FROM, 6, dtype=torch.float64, requires_grad=True)
     begins = torch.tensor([0, 9, ONE_RUN_FROM - 1, ONE_RUN_FROM])  # the last row has not begun
-    started = torch.arange(ONE_RUN_FROM) >= begins[:, None] if unpadded else None
+    in_sequence = torch.arange(ONE_RUN_FROM) >= begins[:, None] if unpadded else None
     runs = []
     over_sequence = LocalRNN.over_sequence
     monkeypatch.setattr(LocalRNN, "over_sequence", lambda *args: runs.append(1) or over_sequence(*args))
-    one_run = local_rnn(inputs, None, started)
+    one_run = local_rnn(inputs, None, in_sequence)
     local_rnn.implementation = "plain"
-    steps = local_rnn(inputs, None, started)
+    steps = local_rnn(inputs, None, in_sequence)
     assert len(runs) == 1
     torch.testing.assert_close(one_run, steps)
     wanted = (inputs, *local_rnn.parameters())
@@ -109,8 +111,8 @@ def test_one_long_window_is_one_run_of_the_rnn(rnn_type, unpadded, monkeypatch):
 @pytest.mark.parametrize("rnn_type", TORCH_RNNS)
 def test_before_its_first_input_an_unpadded_state_is_zero_to_the_last_bit(rnn_type, dtype):
     local_rnn = LocalRNN(8, 5, rnn_type).to(dtype)
-    started = torch.arange(4 + 6)[None] >= 4 + 3
-    assert not local_rnn(torch.randn(1, 10, 8, dtype=dtype), None, started)[:, :3].any()
+    in_sequence = torch.arange(4 + 6)[None] >= 4 + 3
+    assert not local_rnn(torch.randn(1, 10, 8, dtype=dtype), None, in_sequence)[:, :3].any()
 
 
 @pytest.mark.parametrize("rnn_type", TORCH_RNNS)
@@ -183,51 +185,109 @@ def test_a_window_of_one_sees_the_current_input_only():
     torch.testing.assert_close(local_rnn(inputs)[:, 3:4], local_rnn(inputs[:, 3:4]))
 
 
-@pytest.mark.parametrize("rnn_type", TORCH_RNNS)
-def test_the_tiled_form_takes_nothing_but_the_gates_of_each_step(rnn_type):
-    """What it keeps for the backward pass is the input, which is there anyway, and G D values a step and position."""
+@pytest.mark.parametrize(
+    ("name", "rnn_type", "values_a_step"),
+    [
+        *(pytest.param("c", *kept, marks=needs_gcc) for kept in (("gru", 3), ("lstm", 5), ("rnn", 1))),
+        *(("plain", *kept) for kept in (("gru", 5), ("lstm", 7), ("rnn", 1))),
+    ],
+)
+def test_what_is_kept_for_the_backward_pass(name, rnn_type, values_a_step):
+    """Beside the input, which is there anyway, at most so many D values a step and position."""
     local_rnn = LocalRNN(8, 5, rnn_type)
-    local_rnn.implementation = "tiled"
+    local_rnn.implementation = name
     projected = local_rnn.input_proj(torch.randn(2, 104, 8)).detach().requires_grad_()
-    kept = 0
+    kept = {}
 
     def count(tensor):
-        nonlocal kept
-        kept += tensor.numel()
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         local_rnn.input_proj = nn.Identity()
-        local_rnn(projected)
-    gates = local_rnn.recurrent_proj.out_features
+        output = local_rnn(projected)
     parameters = sum(parameter.numel() for parameter in local_rnn.recurrent_proj.parameters())
-    assert kept <= projected.numel() + parameters + 2 * 100 * (5 * gates - 8 * (rnn_type == "gru"))
+    assert sum(kept.values()) <= projected.numel() + parameters + 5 * values_a_step * output.numel()
 
 
-def test_a_cpu_runs_c_or_tiles_where_they_pay_and_whatever_needs_plain_operations_gets_them(monkeypatch):
+def test_a_cpu_runs_c_where_it_pays_and_plain_operations_elsewhere(monkeypatch):
     large, small = torch.randn(4, 720, 96), torch.randn(4, 20, 96)
     weight = nn.Parameter(torch.randn(96, 32))
     step, many_steps, wide = torch.randn(1, 7, 1536), torch.randn(16, 7, 1536), torch.randn(1536, 512)
-    monkeypatch.setattr(local_rnn, "can_fuse", lambda: True)
-    assert best_implementation(large, weight, 7) == best_implementation(small, weight, 7) == "fused"
-    assert best_implementation(many_steps, wide, 7) == "fused"
-    assert best_implementation(step, wide, 7) == "plain"
-    assert best_implementation(large.double(), weight.double(), 7) == "tiled"
-    monkeypatch.setattr(local_rnn, "can_fuse", lambda: False)
-    assert best_implementation(large, weight, 7) == "tiled"
-    assert best_implementation(small, weight, 7) == "plain"
-    assert best_implementation(large.bfloat16(), weight.bfloat16(), 7) == "plain"
+    monkeypatch.setattr(local_rnn_steps, "reason_without_c", lambda: None)
+    for inputs in (large, small):
+        assert best_implementation(inputs, weight, 7) == ("c", None, False)
+    assert best_implementation(many_steps, wide, 7).name == "c"
+    assert best_implementation(step, wide, 7).name == "plain"
+    for dtype in (torch.float64, torch.bfloat16):  # C is slower than PyTorch in float64
+        name, reason, warn = best_implementation(large.to(dtype), weight.to(dtype), 7)
+        assert name == "plain" and str(dtype) in reason and not warn
+    monkeypatch.setattr(local_rnn_steps, "reason_without_c", lambda: "there is no C compiler")
+    assert best_implementation(large, weight, 7) == ("plain", "there is no C compiler", True)
     chosen = []
     torch.vmap(lambda inputs: chosen.append(best_implementation(inputs[None], weight, 7)) or inputs)(large)
-    assert chosen == ["plain"]
+    assert chosen == [("plain", "torch.func transforms it", False)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_cpu_runs_float64_and_bfloat16_in_plain_operations(dtype):
+    local_rnn = LocalRNN(8, 3, "gru").to(dtype)
+    inputs = torch.randn(2, 40, 8, dtype=dtype)
+    chosen = local_rnn(inputs)
+    local_rnn.implementation = "plain"
+    torch.testing.assert_close(chosen, local_rnn(inputs))
+
+
+@pytest.fixture
+def logged(monkeypatch):
+    """The lines that are logged from here on, with their level, as in a new process."""
+    logger, lines = local_rnn_steps.logger, []
+    for once in (logging.Logger.info_once, logging.Logger.warning_once):
+        once.cache_clear()
+    monkeypatch.setattr(logger, "info", lambda line: lines.append(("info", line)))
+    monkeypatch.setattr(logger, "warning", lambda line: lines.append(("warning", line)))
+    return lines
+
+
+def test_one_line_says_which_implementation_runs_and_why(logged, monkeypatch):
+    monkeypatch.setattr(local_rnn_steps, "reason_without_c", lambda: "there is no C compiler `gcc`: install gcc")
+    local_rnn = LocalRNN(8, 3, "lstm")
+    for _ in range(2):
+        local_rnn(torch.randn(2, 20, 8))
+        LocalRNN(16, 5, "gru")(torch.randn(1, 30, 16))
+    assert logged == [("warning", "LocalRNN: plain, because there is no C compiler `gcc`: install gcc")]
+    local_rnn.over_sequence(torch.randn(2, 3, 8))
+    assert logged[1:] == [("info", "LocalRNN: torch's LSTM in one run, because the window holds the whole sequence")]
+    local_rnn.implementation = "plain"
+    local_rnn(torch.randn(2, 20, 8))
+    assert logged[2:] == [("info", "LocalRNN: plain, because `implementation` names it")]
+
+
+@needs_gcc
+def test_the_line_of_the_fused_form_in_c(logged):
+    for _ in range(2):
+        LocalRNN(8, 3, "lstm")(torch.randn(2, 20, 8))
+    assert logged == [("info", "LocalRNN: fused C")]
+
+
+def test_what_a_compiler_or_an_exporter_traces_is_logged_and_not_in_the_graph(logged):
+    local_rnn = LocalRNN(8, 3, "gru")
+    inputs = torch.randn(2, 20, 8)
+    compiled = torch.compile(local_rnn, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(inputs), local_rnn(inputs))
+    line = ("info", "LocalRNN: plain, because a compiler or exporter traces it")
+    assert logged[0] == line
+    logging.Logger.info_once.cache_clear()
+    torch.export.export(local_rnn, (inputs,))
+    assert logged[-1] == line
 
 
 def test_gradients_of_single_sequences_through_torch_func():
     """vmap over grad, which autograd functions with a backward of their own do not take."""
     torch.manual_seed(0)
-    local_rnn = LocalRNN(32, 3, "gru").double()
-    inputs = torch.randn(2, 2100, 32, dtype=torch.float64)
-    assert best_implementation(local_rnn.input_proj(inputs).detach(), local_rnn.recurrent_proj.weight, 3) == "tiled"
+    local_rnn = LocalRNN(32, 3, "gru")
+    inputs = torch.randn(2, 210, 32)
     parameters = dict(local_rnn.named_parameters())
 
     def loss(parameters, one):
@@ -241,7 +301,7 @@ def test_gradients_of_single_sequences_through_torch_func():
 def test_an_unknown_implementation_is_named_with_the_known_ones():
     local_rnn = LocalRNN(4, 3, "gru")
     local_rnn.implementation = "cudnn"
-    with pytest.raises(ValueError, match="'cudnn'.*plain.*tiled"):
+    with pytest.raises(ValueError, match="'cudnn'.*plain, c, triton"):
         local_rnn(torch.randn(1, 5, 4))
 
 

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from modeling_rtransformer import RTransformerForCausalLM, local_rnn
-from modeling_rtransformer.local_rnn import LocalRNN, best_implementation, local_rnn_reference
+from modeling_rtransformer import RTransformerForCausalLM, local_rnn_steps
+from modeling_rtransformer.local_rnn import LocalRNN
+from modeling_rtransformer.local_rnn_steps import best_implementation, local_rnn_reference
 from tests.conftest import tiny_config
 from tests.test_local_rnn import TORCH_RNNS, gradients, torch_rnn
 
@@ -97,9 +98,9 @@ def test_it_equals_the_unfolded_reference(rnn_type, shape, packed, path):
 def test_windows_begin_with_the_sequence_where_nothing_is_before(rnn_type, path):
     rnn = make(rnn_type, 6, 5)
     padded = torch.randn(2, 4 + 19, 6, device=DEVICE)
-    started = torch.arange(4 + 19, device=DEVICE) >= torch.tensor([[4], [7]], device=DEVICE)
-    ours = rnn(padded, segments(2, 19), started)
-    theirs = local_rnn_reference(padded, torch_rnn(rnn), 5, segments(2, 19), started)
+    in_sequence = torch.arange(4 + 19, device=DEVICE) >= torch.tensor([[4], [7]], device=DEVICE)
+    ours = rnn(padded, segments(2, 19), in_sequence)
+    theirs = local_rnn_reference(padded, torch_rnn(rnn), 5, segments(2, 19), in_sequence)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not ours[1, :3].any()
 
@@ -142,13 +143,19 @@ def test_no_buffer_is_read_before_it_is_written_and_runs_give_the_same_bits(rnn_
 
 @on_the_device
 @BY_TYPE
-def test_without_gradients_nothing_is_kept_and_the_output_is_the_same(rnn_type, path):
+def test_without_gradients_the_output_is_as_exact(rnn_type, path):
+    """
+    The error, measured against float64, is at most twice that of a forward pass that keeps what a backward pass needs.
+    The bits may differ: products round differently where they read other buffers.
+    """
     rnn = make(rnn_type, 5, 3)
     padded = torch.randn(2, 23, 5, device=DEVICE)
+    kept = rnn(padded)
     with torch.no_grad():
         output = rnn(padded)
+        exact = local_rnn_reference(padded.double(), torch_rnn(rnn.double()).to(DEVICE), 3)
     assert not output.requires_grad
-    torch.testing.assert_close(output, rnn(padded), rtol=0, atol=0)
+    assert (output - exact).abs().max() <= 2 * (kept - exact).abs().max() + 1e-7
 
 
 @on_the_device
@@ -198,11 +205,11 @@ def test_tensors_that_are_not_on_a_gpu_are_refused():
 @pytest.mark.gpu
 def test_it_is_chosen_on_a_gpu_where_triton_is_installed(monkeypatch):
     projected, weight = torch.randn(1, 8, 12, device="cuda"), nn.Parameter(torch.randn(12, 4, device="cuda"))
-    assert best_implementation(projected, weight, 3) == "triton"
-    assert best_implementation(projected.bfloat16(), weight, 3) == "triton"
-    assert best_implementation(projected.double(), weight, 3) == "plain"
-    monkeypatch.setattr(local_rnn, "triton_is_installed", lambda: False)
-    assert best_implementation(projected, weight, 3) == "plain"
+    assert best_implementation(projected, weight, 3) == ("triton", None, False)
+    assert best_implementation(projected.bfloat16(), weight, 3).name == "triton"
+    assert best_implementation(projected.double(), weight, 3).name == "plain"
+    monkeypatch.setattr(local_rnn_steps, "triton_is_installed", lambda: False)
+    assert best_implementation(projected, weight, 3) == ("plain", "Triton is not installed", False)
 
 
 @pytest.mark.gpu

@@ -78,5 +78,5 @@ def test_the_kernels_travel_with_a_checkpoint_and_are_no_requirement_of_it(tmp_p
     RTransformerModel(tiny_config()).save_pretrained(tmp_path)
     files = {path.name: get_imports(path) for path in tmp_path.glob("*.py")}
     assert {f"local_rnn_triton{part}.py" for part in ("", "_cells", "_large", "_small")} <= files.keys()
-    assert {"local_rnn_fused.py", "local_rnn_fused_c.py", "compiled_c.py"} <= files.keys()
+    assert {"local_rnn_steps.py", "local_rnn_c.py", "local_rnn_c_source.py", "compiled_c.py"} <= files.keys()
     assert "triton" not in {name for imports in files.values() for name in imports}

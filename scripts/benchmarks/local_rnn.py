@@ -7,7 +7,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from modeling_rtransformer.local_rnn import NUM_GATES, LocalRNN, local_rnn_reference
+from modeling_rtransformer.local_rnn import LocalRNN
+from modeling_rtransformer.local_rnn_steps import NUM_GATES, local_rnn_reference
 from scripts.benchmarks.measuring import Case
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from modeling_rtransformer import RTransformerConfig
-from modeling_rtransformer.local_rnn import NUM_GATES
+from modeling_rtransformer.local_rnn_steps import NUM_GATES
 from modeling_rtransformer.recurrence_encoding import chunk_length
 
 

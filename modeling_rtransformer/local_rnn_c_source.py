@@ -1,24 +1,27 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
 """
-The C of local_rnn_fused.py: `forward` and `backward` take a block of positions through all K steps of a LocalRNN.
+The C of local_rnn_c.py: `forward` and `backward` take a block of positions through all K steps of a LocalRNN.
 
-A block is as many positions as a core's own cache holds with the weights, some of one sequence or several sequences
-whole. Nothing of it leaves the cache but its output and what is kept of each step for the way back. The products are
-ours: a library's would go through all positions for each step.
+A block is part of one sequence, or several whole sequences: as many positions as fit into a core's own cache together
+with the weights. Only its outputs, and what each step keeps for the backward pass, leave the cache. The matrix products
+are written here, since a library's product would pass over all positions in each step.
 """
 
-# The numbers and arrays of a call, in this order; of a pass that does not use it an array is NULL.
-COUNTS = ("kind", "batch", "length", "size", "window", "sequences", "positions", "threads", "own")
+# Names of the C:  x projected inputs, h hidden state, c or cell the cell, p the product W_h h or its gradient, s gates,
+# r W_h h + b_h of a GRU's new gate, b the state before the step, g or g_... the gradient of ...
+
+# The sizes and arrays of a call, in this order; an array that a pass does not use is NULL.
+COUNTS = ("kind", "batch", "length", "size", "window", "sequences", "positions", "threads", "buffer_size")
 ARRAYS = (
-    *("inputs", "zero", "bias", "weight", "kept", "extra", "scratch"),
+    *("inputs", "zero", "bias", "weight", "kept", "extra", "buffers"),
     *("outputs", "grad_outputs", "grad_inputs", "grad_weight"),
 )
 TOTALS = ("grad_zero", "grad_new_bias")
 
-# Sigmoid and tanh follow from e^x - 1, without a branch, so that compilers make vectors of them; NaN stays NaN. e^x is
-# a power of 2, by the bits of the exponent, times a polynomial on [-ln 2 / 2, ln 2 / 2], whose coefficients are those
-# of Cephes' expf (Moshier 1992). Beyond x = 43, where a sigmoid is 2e-19, it does not grow: two denominators then have
-# a product.
+# Sigmoid and tanh are computed from e^x - 1 without a branch, so that compilers vectorize them; NaN stays NaN. e^x is a
+# power of 2, made from the bits of the exponent, times a polynomial on [-ln 2 / 2, ln 2 / 2] with the coefficients of
+# Cephes' expf (Moshier 1992). x is cut off at 43, where a sigmoid is 2e-19, so that the product of two denominators is
+# finite.
 NUMBERS = r"""
 #include <math.h>
 #include <stddef.h>
@@ -85,19 +88,19 @@ PRODUCTS = r"""
 #define BYTES 16
 #endif
 #if defined(__AVX512F__) || defined(__aarch64__)
-#define VECTORS 4  /* beside 6 x 4 sums, 32 registers have room for what is multiplied */
+#define VECTORS 4  /* 32 registers hold 6 x 4 sums and the factors */
 #else
 #define VECTORS 2  /* 16 registers */
 #endif
 #define ROWS 6
 #define LANES ((count)(BYTES / sizeof(real)))
 #define PANEL (VECTORS * LANES)
-#define WHOLE(columns) (((columns) + 63) / 64 * 64)  /* panels, on any processor */
-#define PADDED(columns) (WHOLE(columns) + 16)  /* rows that do not share a set of the cache */
+#define WHOLE(columns) (((columns) + 63) / 64 * 64)  /* a multiple of the panels of every processor */
+#define PADDED(columns) (WHOLE(columns) + 16)  /* rows fall into different cache sets */
 typedef real vector __attribute__((vector_size(BYTES), aligned(sizeof(real)), may_alias));
 
-/* Some rows and a panel of a product, in registers: element (i, k) of `a` is a[i * a_row + k * a_depth]. What is read
-   later, `next` and every `stride` bytes, comes into the cache beside it. */
+/* Some rows and a panel of columns of a product, summed in registers. Element (i, k) of `a` is a[i * a_row + k *
+   a_depth]. Meanwhile memory that is read later is prefetched: `next`, then every `stride` bytes. */
 INLINE void multiply_tile(count rows, count vectors, count depth, const real *a, count a_row, count a_depth,
                           const real *b, real *c, count c_row, int add, const char *next, count stride) {
     vector sums[ROWS][VECTORS];
@@ -115,13 +118,13 @@ INLINE void multiply_tile(count rows, count vectors, count depth, const real *a,
     for (count i = 0; i < rows; i++)
         for (count j = 0; j < vectors; j++) {
             vector *to = (vector *)(c + i * c_row + j * LANES);
-            if (add) sums[i][j] += *to;  /* last: what is there is rounded once */
+            if (add) sums[i][j] += *to;  /* after the sum, so that it is rounded once */
             *to = sums[i][j];
         }
 }
 
-/* c = a b, or c + a b, of whole vectors of columns. `b` is packed: panels of `depth` rows, one after the other. While
-   one is multiplied the next comes into the cache; beside a single one, the next rows of `c`. */
+/* c = a b, or c += a b, over whole vectors of columns. `b` is packed: panels of `depth` rows, one after the other.
+   While one panel is multiplied the next is prefetched, or the next rows of `c` where there is a single panel. */
 static void multiply(count rows, count depth, count columns, const real *a, count a_row, count a_depth, const real *b,
                      real *c, count c_row, int add) {
     const int single = columns <= PANEL;
@@ -130,8 +133,8 @@ static void multiply(count rows, count depth, count columns, const real *a, coun
     for (count left = columns; left > 0; left -= PANEL, b += depth * PANEL, c += PANEL) {
         const char *next = (const char *)(single ? c + ROWS * c_row : b + depth * PANEL);
         count row = 0;
-#define TILE(some, vectors)                                                                              \
-    multiply_tile(some, vectors, depth, a + row * a_row, a_row, a_depth, b, c + row * c_row, c_row, add, \
+#define TILE(num_rows, vectors)                                                                              \
+    multiply_tile(num_rows, vectors, depth, a + row * a_row, a_row, a_depth, b, c + row * c_row, c_row, add, \
                   next + row / ROWS * step, step / depth)
 #define TILES(vectors)                                               \
     {                                                                \
@@ -148,7 +151,7 @@ static void multiply(count rows, count depth, count columns, const real *a, coun
     }
 }
 
-/* A matrix (depth, columns), element (k, j) at b[k * b_depth + j * b_column], panel by panel. */
+/* Copies a matrix (depth, columns), element (k, j) at b[k * b_depth + j * b_column], panel by panel. */
 void pack(count depth, count columns, const real *b, count b_depth, count b_column, real *packed) {
     for (count first = 0; first < columns; first += PANEL)
         for (count k = 0; k < depth; k++)
@@ -158,13 +161,14 @@ void pack(count depth, count columns, const real *b, count b_depth, count b_colu
 
 """
 
-# One step of one row, and its way back.
+# One step of one position, forward and backward.
 STEPS = r"""
 #define EACH _Pragma("omp simd") for (count d = 0; d < size; d++)
 
-/* Constants where these are called: `first` for the step from a zero state, with no product and no
-   state before it, and `keep` where a backward pass may follow. A step back writes the gradient of W_h h + b_h, adds
-   that of the inputs, and brings the state's to before the step, all but what passes through the product. */
+/* `first` and `keep` are constants at each call: `first` in the step from a zero state, which has no product and no
+   state before it, `keep` where a backward pass may follow. A backward step writes the gradient of W_h h + b_h, adds
+   the gradient of the inputs, and replaces the gradient of the state after the step by that of the state before it, all
+   but the part that goes through the product. */
 
 INLINE void gru_row(count size, const real *x, real *p, const real *bias, real *h, real *s, real *r, int first,
                     int keep) {
@@ -179,7 +183,7 @@ INLINE void gru_row(count size, const real *x, real *p, const real *bias, real *
     }
 }
 
-/* The state of a step once more, from what is kept. */
+/* The state after a step, computed again from what the forward pass kept. */
 INLINE void gru_row_again(count size, const real *x, const real *bias, const real *b, const real *s, const real *r,
                           real *h, int first) {
     EACH {
@@ -223,8 +227,8 @@ INLINE void lstm_row(count size, const real *x, real *p, const real *bias, const
     }
 }
 
-/* `curve` is the tanh of the cell after the step, made at the last step and brought to before each. `s_b` are the gates
-   of the step before, from which with it the hidden state `h` follows. */
+/* `curve` is tanh(cell) after the step. The last step computes it; each step replaces it by that before the step, from
+   which, with the gates `s_b` of the step before, the hidden state `h` before the step follows. */
 INLINE void lstm_row_back(count size, const real *s, const real *b, const real *s_b, real *h, real *curve,
                           const real *g_h, real *g_c, real *p, real *g_x, int first, int last) {
     EACH {
@@ -294,31 +298,32 @@ static block block_at(const call *c, count group, count part) {
     return (block){sequence, position, positions, sequences * positions};
 }
 
-/* Where a row of a block finds its own: the row of all, its input, and whether packing shows it that. */
-#define FIND                                                                                        \
+/* The position of a row of a block, the index of its input, and whether the input is of the row's own segment. */
+#define LOCATE                                                                                      \
     count sequence = at.sequence + row / at.positions, position = at.position + row % at.positions; \
     count input = (sequence * (c->length + c->window - 1) + position + step) * columns;             \
-    int shown = !c->same || c->same[(sequence * c->window + step) * c->length + position];
+    int own_segment = !c->same || c->same[(sequence * c->window + step) * c->length + position];
 #define AT(array, index) ((array) ? (array) + (index) : NULL)
 #define EACH_ROW for (count row = 0; row < at.rows; row++)
-#define NAMES                                                                   \
-    const count size = c->size, columns = GATES[c->kind] * size;                \
-    const count wide = PADDED(size), wider = PADDED(columns);                   \
-    const count room = c->sequences * c->positions, all = c->batch * c->length; \
+#define NAMES                                                          \
+    const count size = c->size, columns = GATES[c->kind] * size;       \
+    const count state_row = PADDED(size), gates_row = PADDED(columns); \
+    const count block_state = c->sequences * c->positions * state_row; \
+    const count all_rows = c->batch * c->length;                       \
     const count start = at.sequence * c->length + at.position;
 
 static void forward_block(const call *c, block at, count thread) {
     NAMES
-    real *hidden = c->scratch + thread * c->own, *cell = hidden + room * wide, *product = cell + room * wide;
+    real *hidden = c->buffers + thread * c->buffer_size, *cell = hidden + block_state, *product = cell + block_state;
     for (count step = 0; step < c->window; step++) {
         if (step)
-            multiply(at.rows, size, columns, hidden, wide, 1, c->weight, product, wider, 0);
+            multiply(at.rows, size, columns, hidden, state_row, 1, c->weight, product, gates_row, 0);
         EACH_ROW {
-            FIND
-            const real *x = shown ? c->inputs + input : c->zero;
-            real *p = product + row * wider, *h = hidden + row * wide, *cell_row = cell + row * wide;
-            real *s = AT(c->kept, (step * all + start + row) * KEPT[c->kind] * size);
-            real *before = AT(c->extra, ((step - 1) * all + start + row) * size);
+            LOCATE
+            const real *x = own_segment ? c->inputs + input : c->zero;
+            real *p = product + row * gates_row, *h = hidden + row * state_row, *cell_row = cell + row * state_row;
+            real *s = AT(c->kept, (step * all_rows + start + row) * KEPT[c->kind] * size);
+            real *before = AT(c->extra, ((step - 1) * all_rows + start + row) * size);
 #define STEP(function, ...)                           \
     if (step && c->kept) function(__VA_ARGS__, 0, 1); \
     else if (step) function(__VA_ARGS__, 0, 0);       \
@@ -327,7 +332,7 @@ static void forward_block(const call *c, block at, count thread) {
             if (c->kind == GRU) {
                 STEP(gru_row, size, x, p, c->bias, h, s, before)
             } else if (c->kind == LSTM) {
-                real *after = before && step < c->window - 1 ? before + all * size : cell_row;
+                real *after = before && step < c->window - 1 ? before + all_rows * size : cell_row;
                 before = before ? before : cell_row;
                 STEP(lstm_row, size, x, p, c->bias, before, s, after, h)
             } else {
@@ -335,46 +340,47 @@ static void forward_block(const call *c, block at, count thread) {
             }
         }
     }
-    EACH_ROW memcpy(c->outputs + (start + row) * size, hidden + row * wide, size * sizeof(real));
+    EACH_ROW memcpy(c->outputs + (start + row) * size, hidden + row * state_row, size * sizeof(real));
 }
 
 static void backward_block(const call *c, block at, count thread) {
     NAMES
     const count states = c->kind == GRU ? c->window - 1 : 1, kept = KEPT[c->kind] * size;
-    real *hidden = c->scratch + thread * c->own, *grad_hidden = hidden + states * room * wide;
-    real *grad_cell = grad_hidden + room * wide, *curve = grad_cell + room * wide;
-    real *product = curve + room * wide, *panel = product + room * wider, *sums = panel + room * PANEL;
+    real *hidden = c->buffers + thread * c->buffer_size, *grad_hidden = hidden + states * block_state;
+    real *grad_cell = grad_hidden + block_state, *curve = grad_cell + block_state;
+    const count block_rows = c->sequences * c->positions;
+    real *product = curve + block_state, *panel = product + block_rows * gates_row, *sums = panel + block_rows * PANEL;
     real *grad_weight = c->grad_weight + thread * size * WHOLE(columns);
     double *grad_zero = c->grad_zero + thread * columns, *grad_new_bias = c->grad_new_bias + thread * size;
-    EACH_ROW memcpy(grad_hidden + row * wide, c->grad_outputs + (start + row) * size, size * sizeof(real));
+    EACH_ROW memcpy(grad_hidden + row * state_row, c->grad_outputs + (start + row) * size, size * sizeof(real));
     if (c->kind == GRU)
         for (count step = 0; step < c->window - 1; step++)
             EACH_ROW {
-                FIND
-                const real *x = shown ? c->inputs + input : c->zero;
-                const real *s = c->kept + (step * all + start + row) * kept;
-                const real *r = AT(c->extra, ((step - 1) * all + start + row) * size);
-                real *h = hidden + (step * room + row) * wide;
-                if (step) gru_row_again(size, x, c->bias, h - room * wide, s, r, h, 0);
+                LOCATE
+                const real *x = own_segment ? c->inputs + input : c->zero;
+                const real *s = c->kept + (step * all_rows + start + row) * kept;
+                const real *r = AT(c->extra, ((step - 1) * all_rows + start + row) * size);
+                real *h = hidden + step * block_state + row * state_row;
+                if (step) gru_row_again(size, x, c->bias, h - block_state, s, r, h, 0);
                 else gru_row_again(size, x, c->bias, NULL, s, NULL, h, 1);
             }
     for (count step = c->window - 1; step >= 0; step--) {
-        const real *before = hidden;  /* the hidden state before the step, its rows before_row apart */
-        count before_row = wide;
-        if (c->kind == GRU) before = hidden + (step - 1) * room * wide;
-        if (c->kind == RNN) before = c->kept + ((step - 1) * all + start) * size, before_row = size;
+        const real *before = hidden;  /* the hidden state before the step, its rows `before_row` apart */
+        count before_row = state_row;
+        if (c->kind == GRU) before = hidden + (step - 1) * block_state;
+        if (c->kind == RNN) before = c->kept + ((step - 1) * all_rows + start) * size, before_row = size;
         memset(sums, 0, columns * sizeof(real));
         EACH_ROW {
-            FIND
-            const real *x = shown ? c->inputs + input : c->zero;
-            const real *s = c->kept + (step * all + start + row) * kept, *s_before = s - all * kept;
-            const real *extra = AT(c->extra, ((step - 1) * all + start + row) * size);
-            real *p = product + row * wider, *g_x = shown ? c->grad_inputs + input : sums;
-            real *h = hidden + row * wide, *g = grad_hidden + row * wide;
-            real *g_c = grad_cell + row * wide, *q = curve + row * wide;
+            LOCATE
+            const real *x = own_segment ? c->inputs + input : c->zero;
+            const real *s = c->kept + (step * all_rows + start + row) * kept, *s_before = s - all_rows * kept;
+            const real *extra = AT(c->extra, ((step - 1) * all_rows + start + row) * size);
+            real *p = product + row * gates_row, *g_x = own_segment ? c->grad_inputs + input : sums;
+            real *h = hidden + row * state_row, *g = grad_hidden + row * state_row;
+            real *g_c = grad_cell + row * state_row, *q = curve + row * state_row;
             if (c->kind == RNN) rnn_row_back(size, s, g, p, g_x);
             else if (c->kind == GRU && step)
-                gru_row_back(size, x, c->bias, before + row * wide, s, extra, g, p, g_x, 0);
+                gru_row_back(size, x, c->bias, before + row * state_row, s, extra, g, p, g_x, 0);
             else if (c->kind == GRU) gru_row_back(size, x, c->bias, NULL, s, NULL, g, p, g_x, 1);
             else {
                 const int last = step == c->window - 1;
@@ -387,20 +393,20 @@ static void backward_block(const call *c, block at, count thread) {
         }
         if (c->same)
             for (count d = 0; d < columns; d++) grad_zero[d] += sums[d];
-        if (c->kind == GRU) EACH_ROW EACH grad_new_bias[d] += product[row * wider + 2 * size + d];
+        if (c->kind == GRU) EACH_ROW EACH grad_new_bias[d] += product[row * gates_row + 2 * size + d];
         if (step) {
-            multiply(at.rows, columns, size, product, wider, 1, c->weight, grad_hidden, wide, c->kind == GRU);
-            for (count first = 0; first < columns; first += PANEL) {  /* in one piece: its rows are far apart */
-                EACH_ROW memcpy(panel + row * PANEL, product + row * wider + first, PANEL * sizeof(real));
-                count some = columns - first < PANEL ? columns - first : PANEL;
+            multiply(at.rows, columns, size, product, gates_row, 1, c->weight, grad_hidden, state_row, c->kind == GRU);
+            for (count first = 0; first < columns; first += PANEL) {  /* copied, since its rows are far apart */
+                EACH_ROW memcpy(panel + row * PANEL, product + row * gates_row + first, PANEL * sizeof(real));
+                count width = columns - first < PANEL ? columns - first : PANEL;
                 real *to = grad_weight + first / 64 * 64 * size + first % 64;  /* 64 columns of each row lie together */
-                multiply(size, at.rows, some, before, 1, before_row, panel, to, 64, 1);
+                multiply(size, at.rows, width, before, 1, before_row, panel, to, 64, 1);
             }
         }
     }
 }
 
-/* All blocks, in so many threads; sums are the same in each run. */
+/* All blocks. The schedule is static, so that sums are the same from run to run. */
 void forward(const call *c) {
     count groups = (c->batch + c->sequences - 1) / c->sequences, parts = (c->length + c->positions - 1) / c->positions;
 #pragma omp parallel for num_threads(c->threads) schedule(static)
@@ -408,14 +414,15 @@ void forward(const call *c) {
         forward_block(c, block_at(c, index / parts, index % parts), omp_get_thread_num());
 }
 
-/* Neighbours of one sequence share inputs: every second part first, then the others. */
+/* Neighbouring blocks of a sequence add to the gradient of the same inputs: every second one runs first, then the
+   others. */
 void backward(const call *c) {
     count groups = (c->batch + c->sequences - 1) / c->sequences, parts = (c->length + c->positions - 1) / c->positions;
     for (count odd = 0; odd < 2; odd++) {
-        count some = (parts + 1 - odd) / 2;
+        count num_parts = (parts + 1 - odd) / 2;
 #pragma omp parallel for num_threads(c->threads) schedule(static)
-        for (count index = 0; index < groups * some; index++)
-            backward_block(c, block_at(c, index / some, index % some * 2 + odd), omp_get_thread_num());
+        for (count index = 0; index < groups * num_parts; index++)
+            backward_block(c, block_at(c, index / num_parts, index % num_parts * 2 + odd), omp_get_thread_num());
     }
 }
 """

@@ -6,8 +6,9 @@ import subprocess
 import pytest
 import torch
 
-from modeling_rtransformer import compiled_c, local_rnn, local_rnn_fused
+from modeling_rtransformer import compiled_c, local_rnn_c, local_rnn_steps
 from modeling_rtransformer.local_rnn import LocalRNN
+from modeling_rtransformer.local_rnn_steps import NUM_GATES
 
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
@@ -16,7 +17,7 @@ TINY = "double twice(double x) { return 2 * x; }"
 
 def forget():
     """As in the next process."""
-    for function in (compiled_c.load, local_rnn_fused.kernels, local_rnn.can_fuse):
+    for function in (compiled_c.load, local_rnn_c.kernels, local_rnn_steps.reason_without_c):
         function.cache_clear()
 
 
@@ -30,27 +31,27 @@ def fresh(tmp_path, monkeypatch):
     forget()
 
 
-def fused(rnn_type, hidden=6, window=4):
+def in_c(rnn_type, hidden=6, window=4):
     torch.manual_seed(0)
     made = LocalRNN(hidden, window, rnn_type)
-    made.implementation = "fused"
+    made.implementation = "c"
     return made
 
 
 @needs_gcc
-@pytest.mark.parametrize("rnn_type", local_rnn.NUM_GATES)
+@pytest.mark.parametrize("rnn_type", NUM_GATES)
 def test_what_is_not_a_number_reaches_the_windows_that_hold_it_and_no_other(rnn_type):
     inputs = torch.randn(2, 23, 6)
     inputs[1, 9, 2] = torch.nan
-    lost = fused(rnn_type)(inputs).isnan().any(-1)
+    lost = in_c(rnn_type)(inputs).isnan().any(-1)
     assert lost.nonzero().tolist() == [[1, position] for position in range(6, 10)]  # of 20 positions
 
 
 @needs_gcc
-@pytest.mark.parametrize("rnn_type", local_rnn.NUM_GATES)
+@pytest.mark.parametrize("rnn_type", NUM_GATES)
 def test_gates_that_are_shut_or_open_wide_are_as_the_plain_ones(rnn_type):
     """Sums from below exp's range to above it, also without end."""
-    made = fused(rnn_type, hidden=17)
+    made = in_c(rnn_type, hidden=17)
     with torch.no_grad():
         made.input_proj.weight.mul_(30)
     inputs = torch.randn(3, 40, 17) * torch.logspace(-12, 3, 40)[:, None]
@@ -67,11 +68,11 @@ def results(made, inputs):
 
 
 @needs_gcc
-@pytest.mark.parametrize("rnn_type", local_rnn.NUM_GATES)
+@pytest.mark.parametrize("rnn_type", NUM_GATES)
 @pytest.mark.parametrize(("hidden", "window"), [(64, 4), (8, 90)])
 def test_the_number_of_threads_changes_nothing(rnn_type, hidden, window):
     """Also where blocks share more inputs than they have positions."""
-    made, inputs = fused(rnn_type, hidden, window), torch.randn(2, 400 + window, hidden, requires_grad=True)
+    made, inputs = in_c(rnn_type, hidden, window), torch.randn(2, 400 + window, hidden, requires_grad=True)
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 3):
@@ -85,11 +86,11 @@ def test_the_number_of_threads_changes_nothing(rnn_type, hidden, window):
 
 
 @needs_gcc
-@pytest.mark.parametrize("rnn_type", local_rnn.NUM_GATES)
+@pytest.mark.parametrize("rnn_type", NUM_GATES)
 @pytest.mark.parametrize("hidden", [6, 40, 88, 136])
 def test_a_position_is_the_same_to_the_last_bit_whatever_is_beside_it(rnn_type, hidden):
     """In any batch, at any place of a block, with and without what a backward pass needs."""
-    made = fused(rnn_type, hidden)
+    made = in_c(rnn_type, hidden)
     inputs = made.input_proj(torch.randn(5, 303, hidden)).detach()
     made.input_proj = torch.nn.Identity()  # a library's product, which is not
     together = made(inputs)
@@ -97,6 +98,11 @@ def test_a_position_is_the_same_to_the_last_bit_whatever_is_beside_it(rnn_type, 
         with torch.no_grad():
             alone = made(inputs[row : row + 1, start : start + length])
         assert torch.equal(alone[0], together[row, start : start + alone.shape[1]])
+
+
+def test_half_precision_is_refused():
+    with pytest.raises(ValueError, match="float32 and float64 on a CPU, not torch.bfloat16 on cpu; take 'auto'"):
+        in_c("gru").bfloat16()(torch.randn(1, 9, 6, dtype=torch.bfloat16))
 
 
 @needs_gcc
@@ -116,15 +122,13 @@ def test_where_nothing_can_be_written_a_library_serves_its_process(fresh):
     assert fresh.read_text() == "a file where the folder should be"
 
 
-def test_without_a_compiler_large_inputs_are_tiled_and_asking_for_c_says_what_is_missing(fresh, monkeypatch):
+def test_without_a_compiler_plain_operations_run_and_asking_for_c_says_what_is_missing(fresh, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler -O9")
     inputs, weight = torch.randn(4, 720, 96), torch.randn(96, 32)
-    warned = []
-    monkeypatch.setattr(local_rnn.logger, "warning", warned.append)
-    assert [local_rnn.best_implementation(inputs, weight, 7) for _ in range(2)] == ["tiled", "tiled"]
-    assert len(warned) == 1 and "no C compiler" in warned[0]
+    name, reason, warn = local_rnn_steps.best_implementation(inputs, weight, 7)
+    assert name == "plain" and reason.startswith("there is no C compiler `no-such-compiler`") and warn
     with pytest.raises(ImportError, match="no C compiler `no-such-compiler`: install gcc, or name another in .CC"):
-        fused("gru")(torch.randn(1, 9, 6))
+        in_c("gru")(torch.randn(1, 9, 6))
     assert not list(fresh.iterdir())
 
 
