@@ -1,15 +1,17 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
 """Configuration of the models that forecast time series with R-Transformer, RSA or both."""
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from huggingface_hub.dataclasses import strict
 
 from .configuration_rtransformer import RTransformerConfig
 
 
-if TYPE_CHECKING:
-    from .modeling_forecaster import RTransformerForTimeSeriesPrediction  # noqa: F401
+# As in configuration_rtransformer.py: what Transformers saves beside a checkpoint of this config.
+SAVED_BESIDE_A_CHECKPOINT = """
+from .modeling_forecaster import RTransformerForTimeSeriesPrediction
+"""
 
 INSTANCE_NORMS = ("none", "reversible", "last")
 FORECAST_HEADS = ("pooled", "flattened")

@@ -2,7 +2,7 @@
 """Configuration of R-Transformer, of Transformers with RSA heads, and of both together."""
 
 import difflib
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
@@ -29,9 +29,11 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_rtransformer.RTransformerForTokenClassification",
 }
 
-# Transformers saves the files that a config's file imports beside a checkpoint, and reads the imports as text.
-if TYPE_CHECKING:
-    from .modeling_rtransformer import RTransformerModel  # noqa: F401
+# Transformers saves the files that a config's file imports beside a checkpoint. It finds imports in the text of the file,
+# and so in this one, which names the file that needs all others; an import that runs would close a circle.
+SAVED_BESIDE_A_CHECKPOINT = """
+from .modeling_rtransformer import RTransformerModel
+"""
 
 # Fields that forecasters had in this config until version 0.1, and their defaults, which every saved config.json has.
 # Forecasters have a config of their own since.
