@@ -29,7 +29,7 @@ AUTO_MAP = {
     "AutoModelForTokenClassification": "modeling_rtransformer.RTransformerForTokenClassification",
 }
 
-# Transformers saves the files that a config's file imports beside a checkpoint. It finds imports in the text of the file,
+# Transformers saves the files that a config's file imports beside a checkpoint. It finds imports in the text of a file,
 # and so in this one, which names the file that needs all others; an import that runs would close a circle.
 SAVED_BESIDE_A_CHECKPOINT = """
 from .modeling_rtransformer import RTransformerModel
