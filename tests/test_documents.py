@@ -168,6 +168,18 @@ def test_the_readme_fine_tunes_a_trained_model(tmp_path, monkeypatch):
     assert names["trainer"].state.global_step > 0
 
 
+def test_a_forecaster_is_built_as_its_document_says():
+    names = {}
+    exec(compile(programs("docs/FORECASTING.md")[0], "FORECASTING.md", "exec"), names)
+    assert names["forecast"].shape == (8, 24, 7)
+
+
+def test_the_layout_names_every_file_of_the_package():
+    table = read("CONTRIBUTING.md").split("| file of `modeling_rtransformer/` |")[1].split("\n\n")[0]
+    named = re.findall(r"`(\w+\.py)`", table)
+    assert sorted(named) == sorted(path.name for path in (ROOT / "modeling_rtransformer").glob("*.py"))
+
+
 def test_the_citation_has_the_version_of_the_package():
     version = modeling_rtransformer.__version__
     assert f"\nversion: {version}\n" in read("CITATION.cff") and f"version = {{{version}}}" in read("README.md")
