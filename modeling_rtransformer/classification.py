@@ -51,11 +51,8 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, is_ca
     return (hidden_states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
 
 
-class SequenceClassificationHead:
-    """
-    One prediction a sequence: from the last real position of a causal model, from the mean over the real positions of a
-    bidirectional one.
-    """
+class LabelScores:
+    """A projection to the labels."""
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -63,6 +60,13 @@ class SequenceClassificationHead:
         self.model = self.base_class(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+
+class SequenceClassificationHead(LabelScores):
+    """
+    One prediction a sequence: from the last real position of a causal model, from the mean over the real positions of a
+    bidirectional one.
+    """
 
     @accepts_both_cache_names
     @can_return_tuple
@@ -117,15 +121,8 @@ class SequenceClassificationHead:
         )
 
 
-class TokenClassificationHead:
+class TokenClassificationHead(LabelScores):
     """One prediction a position, such as tags of tokens."""
-
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = self.base_class(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -166,7 +163,7 @@ class TokenClassificationHead:
         )
 
 
-class FrameClassificationHead:
+class FrameClassificationHead(LabelScores):
     """
     One or several labels of each frame, such as the notes that sound in it.
 
@@ -176,13 +173,6 @@ class FrameClassificationHead:
 
     over all labels of all frames that are scored; of one label a frame, the mean cross-entropy over those frames.
     """
-
-    def __init__(self, config: PreTrainedConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = self.base_class(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
     @can_return_tuple
     def forward(

@@ -30,13 +30,9 @@ from .library_versions import (
 logger = logging.get_logger(__name__)
 
 
-class CausalLMHead:
-    """
-    A causal language model: the next token's logits at each position. `GenerationMixin` stands behind the system's
-    `PreTrainedModel` among the base classes.
-    """
+class LanguageModelHead:
+    """A projection to the vocabulary, which uses the embedding's weight if the config ties them."""
 
-    generate = accepts_both_cache_names(GenerationMixin.generate)
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
@@ -46,6 +42,15 @@ class CausalLMHead:
         self.model = self.base_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
+
+
+class CausalLMHead(LanguageModelHead):
+    """
+    A causal language model: the next token's logits at each position. `GenerationMixin` stands behind the system's
+    `PreTrainedModel` among the base classes.
+    """
+
+    generate = accepts_both_cache_names(GenerationMixin.generate)
 
     @accepts_both_cache_names
     @can_return_tuple
@@ -98,12 +103,8 @@ class CausalLMHead:
         )
 
 
-class MaskedLMHead:
+class MaskedLMHead(LanguageModelHead):
     """A masked language model: the logits of each position's own token, from both sides (`is_causal=False`)."""
-
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
@@ -112,9 +113,6 @@ class MaskedLMHead:
                 f"{type(self).__name__} with `is_causal=True` fills each mask from the text before it alone; "
                 "`is_causal=False` in the config lets it see both sides"
             )
-        self.model = self.base_class(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
 
     @can_return_tuple
     def forward(

@@ -54,7 +54,7 @@ class RemHeads(NamedTuple):
         return values.masked_fill(steps < 1, 0)
 
 
-class HeadsAtHand(NamedTuple):
+class HeadSelection(NamedTuple):
     """The heads that this process computes: all H of the layer or, under tensor parallelism, a run of them."""
 
     heads: range
@@ -297,7 +297,7 @@ class RecurrenceEncoding(nn.Module):
         gate = torch.sigmoid((learned or self.learned())[3])
         return gate.new_zeros(self.num_attention_heads).index_copy(0, self.head_index, gate.expand(len(self.kinds)))
 
-    def at_hand(self, shard: HeadShard | None = None) -> HeadsAtHand:
+    def selection(self, shard: HeadShard | None = None) -> HeadSelection:
         """All heads, or those of a shard."""
         heads = range(self.num_attention_heads) if shard is None else range(shard.first, shard.last)
         groups = []
@@ -310,9 +310,9 @@ class RecurrenceEncoding(nn.Module):
             if of_dilation:  # a slice, since heads of one dilation are in order
                 groups.append((dilation, slice(of_dilation[0], of_dilation[-1] + 1)))
         if shard is None:
-            return HeadsAtHand(heads, groups, self.head_run, self.head_index)
+            return HeadSelection(heads, groups, self.head_run, self.head_index)
         index = torch.cat([self.head_index[:0], *(self.head_index[group] for _, group in groups)]) - shard.first
-        return HeadsAtHand(heads, groups, None, index)
+        return HeadSelection(heads, groups, None, index)
 
     def matrix(
         self,
@@ -332,14 +332,14 @@ class RecurrenceEncoding(nn.Module):
         Returns:
             `(1, H, T, length)`, or `(B, H, T, length)` with `segment_ids`.
         """
-        heads, here = self.heads(learned), self.at_hand(shard)
+        heads, selected = self.heads(learned), self.selection(shard)
         groups = [
             rem_matrix(RemHeads(*(field[group] for field in heads)), positions, length, dilation, self.is_causal)
-            for dilation, group in here.groups
+            for dilation, group in selected.groups
         ]
-        matrix = heads.decay.new_zeros(len(here.heads), positions.shape[0], length)
+        matrix = heads.decay.new_zeros(len(selected.heads), positions.shape[0], length)
         if groups:
-            matrix = matrix.index_copy(0, here.index, torch.cat(groups))
+            matrix = matrix.index_copy(0, selected.index, torch.cat(groups))
         matrix = matrix[None]
         if segment_ids is not None:
             matrix = matrix * (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
@@ -365,10 +365,10 @@ class RecurrenceEncoding(nn.Module):
         Returns:
             `(B, R, T, d)`.
         """
-        heads, here = self.heads(learned), self.at_hand(shard)
-        values = values.index_select(1, here.index) if here.run is None else values[:, here.run]
+        heads, selected = self.heads(learned), self.selection(shard)
+        values = values.index_select(1, selected.index) if selected.run is None else values[:, selected.run]
         products, done = [], 0
-        for dilation, group in here.groups:
+        for dilation, group in selected.groups:
             group_heads = RemHeads(*(field[group] for field in heads))
             group_gates = None if gates is None else gates[group]
             group_values = values[:, done : done + group.stop - group.start]
@@ -408,17 +408,17 @@ class RecurrenceEncoding(nn.Module):
         Returns:
             `(B, T, H, d)`.
         """
-        here, learned = self.at_hand(shard), self.learned(shard)
+        selected, learned = self.selection(shard), self.learned(shard)
         gates = self.gates(learned)
-        complement = (1 - gates[here.heads.start : here.heads.stop])[:, None].to(attention_output.dtype)
-        if not here.groups:  # not left out: every process takes part in the message of the gates' gradients
+        complement = (1 - gates[selected.heads.start : selected.heads.stop])[:, None].to(attention_output.dtype)
+        if not selected.groups:  # not left out: every process takes part in the message of the gates' gradients
             return attention_output * complement
         product = self.product(values, positions, segment_ids, gates[self.head_index], shard, learned)
         product = product.transpose(1, 2)  # (B, T, R, d)
-        if here.run is None:
-            return (attention_output * complement).index_add(2, here.index, product)
-        first, last = here.run.start, here.run.stop
-        mixed = torch.addcmul(product, attention_output[:, :, here.run], complement[here.run])
+        if selected.run is None:
+            return (attention_output * complement).index_add(2, selected.index, product)
+        first, last = selected.run.start, selected.run.stop
+        mixed = torch.addcmul(product, attention_output[:, :, selected.run], complement[selected.run])
         if last - first == self.num_attention_heads:
             return mixed
         return torch.cat([attention_output[:, :, :first], mixed, attention_output[:, :, last:]], dim=2)
@@ -437,8 +437,8 @@ class RecurrenceEncoding(nn.Module):
         queries, length = attention_weights.shape[2:]
         if positions is None:
             positions = torch.arange(queries, device=attention_weights.device)
-        here, learned = self.at_hand(shard), self.learned(shard)
-        gates = self.gates(learned)[here.heads.start : here.heads.stop, None, None]
+        selected, learned = self.selection(shard), self.learned(shard)
+        gates = self.gates(learned)[selected.heads.start : selected.heads.stop, None, None]
         matrix = self.matrix(positions, length, segment_ids, shard, learned)
         mixed = (1 - gates) * attention_weights + gates * matrix
         return mixed.to(attention_weights.dtype)
