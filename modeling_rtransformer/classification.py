@@ -144,8 +144,6 @@ class TokenClassificationHead(LabelScores):
         Returns:
             `logits` `(B, T, num_labels)`, with `labels` also the `loss`.
         """
-        if labels is not None:
-            check_ids("labels", labels, self.num_labels, "`num_labels`")
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -157,13 +155,20 @@ class TokenClassificationHead(LabelScores):
         logits = self.score(outputs.last_hidden_state)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
+            loss = self.score_labels(logits, labels, attention_mask, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
+    def score_labels(
+        self, logits: torch.Tensor, labels: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    ) -> torch.Tensor:
+        """The loss of the labels, after they are checked; `num_items_in_batch` divides a summed loss."""
+        check_ids("labels", labels, self.num_labels, "`num_labels`")
+        return self.loss_function(logits=logits, labels=labels, config=self.config, **kwargs)
 
-class FrameClassificationHead(LabelScores):
+
+class FrameClassificationHead(TokenClassificationHead):
     """
     One or several labels of each frame, such as the notes that sound in it.
 
@@ -171,52 +176,24 @@ class FrameClassificationHead(LabelScores):
 
         -y log sigmoid(z) - (1 - y) log(1 - sigmoid(z))
 
-    over all labels of all frames that are scored; of one label a frame, the mean cross-entropy over those frames.
+    over all labels of all frames that are scored; of one label a frame, the mean cross-entropy over those frames. With
+    `num_items_in_batch` the sum is divided by that number in place of the number of labels that are scored.
+
+    `labels` are `(B, T, num_labels)`, each from 0 to 1, for several labels a frame, and `(B, T)` class ids for one. Not
+    scored are labels of -100 and frames whose `attention_mask` is 0. Labels of another shape than `config.problem_type`
+    asks for, or out of range, raise a ValueError.
     """
 
-    @can_return_tuple
-    def forward(
+    def score_labels(
         self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        input_values: torch.FloatTensor | None = None,
-        labels: torch.Tensor | None = None,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        """
-        Inputs as in the base model's `forward`.
-
-        Args:
-            labels (*optional*):
-                `(B, T, num_labels)`, each from 0 to 1, for several labels a frame; `(B, T)` class ids for one. Not
-                scored are labels of -100 and frames whose `attention_mask` is 0.
-            num_items_in_batch (*optional*): divides the summed loss in place of the number of labels scored here.
-
-        Returns:
-            `logits` `(B, T, num_labels)`, with `labels` also the `loss`.
-
-        Raises:
-            ValueError: labels of another shape than `config.problem_type` asks for, or out of range.
-        """
-        outputs: BaseModelOutputWithPast = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            input_values=input_values,
-            **kwargs,
-        )
-        logits = self.score(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            self._check_labels(labels, logits.shape[1])
-            loss = self._loss(logits, labels.to(logits.device), attention_mask, num_items_in_batch)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        **kwargs,
+    ) -> torch.Tensor:
+        self._check_labels(labels, logits.shape[1])
+        return self._loss(logits, labels.to(logits.device), attention_mask, num_items_in_batch)
 
     def _check_labels(self, labels: torch.Tensor, length: int) -> None:
         wanted = {
