@@ -6,7 +6,7 @@ Small hidden sizes run in one kernel (local_rnn_triton_small.py), large ones as 
 (local_rnn_triton_large.py). Gates and sums are in float32, whatever the type of the inputs. With TRITON_INTERPRET=1 in
 the environment the kernels run on a CPU, which is how they are tested without a GPU.
 
-The readable twin is `local_rnn_plain` in local_rnn.py.
+The readable twin is `local_rnn_plain` in local_rnn_steps.py.
 """
 
 # B batch, L length, D hidden size, K window, G gates

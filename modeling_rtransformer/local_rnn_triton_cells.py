@@ -1,13 +1,14 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
 """
-What the Triton kernels of a LocalRNN share: the elementwise half of a step and its backward, in float32, and how a tile
-of gates is read and written. The readable twins are `gru_step` and `lstm_step` in local_rnn.py.
+What the Triton kernels of a LocalRNN share: the elementwise half of a step and of its backward pass, in float32, and
+how tiles of gates are read and written. The readable twins are `gru_step` and `lstm_step` in local_rnn_steps.py.
 
-Importing this needs Triton; local_rnn.py imports it, by way of local_rnn_triton.py, where kernels are wanted.
+Importing this needs Triton; local_rnn_steps.py imports it, by way of local_rnn_triton.py, where kernels are wanted.
 """
 
-# R rows of a tile, C columns of it (some of the D hidden units), D hidden size, K window,
-# G gates, whose number is the type: 3 GRU (reset, update, new), 4 LSTM (input, forget, cell, output), 1 tanh RNN
+# R rows of a tile, C columns of it (some of the D hidden units), D hidden size, K window, G gates, whose number is the
+# type: 3 GRU (reset, update, new), 4 LSTM (input, forget, cell, output), 1 tanh RNN.
+# "Gates" are a tuple of G tiles (R, C).
 
 # The one import of Triton. In a `try`, because the Hub's loader of code takes any other import for a requirement.
 try:
@@ -33,35 +34,60 @@ def tanh(x):
 
 
 @triton.jit
-def gru_gates(reset_x, update_x, new_x, reset_h, update_h, new_h):
-    """(reset, update, new) from the parts of W_x x + b_x and W_h h + b_h; the state is new + update (h - new)."""
-    reset = tl.sigmoid(reset_x + reset_h)
-    update = tl.sigmoid(update_x + update_h)
-    return reset, update, tanh(new_x + reset * new_h)
+def run_step(x, h, hidden, cell, GATES: tl.constexpr):
+    """
+    The hidden state and the cell after a step, and the gates that its backward pass needs, from the gates `x` of
+    W_x x + b_x and `h` of W_h h + b_h and the state before. Only an LSTM has a cell. In place of the new gate a GRU
+    gives that of W_h h + b_h, from which it follows.
+    """
+    if GATES == 1:
+        hidden = tanh(x[0] + h[0])
+        gates = (hidden,)
+    elif GATES == 3:
+        reset = tl.sigmoid(x[0] + h[0])
+        update = tl.sigmoid(x[1] + h[1])
+        new = tanh(x[2] + reset * h[2])
+        hidden = new + update * (hidden - new)
+        gates = (reset, update, h[2])
+    else:
+        gates = (tl.sigmoid(x[0] + h[0]), tl.sigmoid(x[1] + h[1]), tanh(x[2] + h[2]), tl.sigmoid(x[3] + h[3]))
+        cell = gates[0] * gates[2] + gates[1] * cell
+        hidden = gates[3] * tanh(cell)
+    return hidden, cell, gates
 
 
 @triton.jit
-def gru_backward(grad_hidden, reset, update, new, new_h, hidden):
+def run_step_backward(gates, new_x, hidden, cell, grad_hidden, grad_cell, GATES: tl.constexpr):
     """
-    Gradients of the parts of W_x x + b_x. Those of W_h h + b_h are the same but for the new gate's, which is `reset`
-    times as large. `hidden` is the state before; `update * grad_hidden` reaches it past the product.
+    From the gates that `run_step` gave, the new gate of W_x x + b_x (GRU), the state before the step and the gradients
+    of the state after it: the gradients of W_x x + b_x and of W_h h + b_h, gates both, and of the hidden state and the
+    cell before the step, all but what reaches the hidden state through W_h.
     """
-    grad_new = grad_hidden * (1.0 - update) * (1.0 - new * new)
-    grad_update = grad_hidden * (hidden - new) * update * (1.0 - update)
-    grad_reset = grad_new * new_h * reset * (1.0 - reset)
-    return grad_reset, grad_update, grad_new
-
-
-@triton.jit
-def lstm_backward(grad_hidden, grad_cell, input_gate, forget_gate, new, output_gate, cell):
-    """Gradients of the four parts, of W_x x + b_x as of W_h h + b_h, and of `cell`, the cell before."""
-    tanh_cell = tanh(input_gate * new + forget_gate * cell)
-    grad_output = grad_hidden * tanh_cell * output_gate * (1.0 - output_gate)
-    grad_cell += grad_hidden * output_gate * (1.0 - tanh_cell * tanh_cell)
-    grad_input = grad_cell * new * input_gate * (1.0 - input_gate)
-    grad_forget = grad_cell * cell * forget_gate * (1.0 - forget_gate)
-    grad_new = grad_cell * input_gate * (1.0 - new * new)
-    return grad_input, grad_forget, grad_new, grad_output, grad_cell * forget_gate
+    if GATES == 1:
+        grad_x = (grad_hidden * (1.0 - gates[0] * gates[0]),)
+        grad_h = grad_x
+        grad_hidden = tl.zeros_like(grad_hidden)
+    elif GATES == 3:
+        reset, update, new_h = gates
+        new = tanh(new_x + reset * new_h)
+        grad_new = grad_hidden * (1.0 - update) * (1.0 - new * new)
+        grad_update = grad_hidden * (hidden - new) * update * (1.0 - update)
+        grad_reset = grad_new * new_h * reset * (1.0 - reset)
+        grad_x = (grad_reset, grad_update, grad_new)
+        grad_h = (grad_reset, grad_update, grad_new * reset)
+        grad_hidden = grad_hidden * update
+    else:
+        input_gate, forget_gate, new, output_gate = gates
+        tanh_cell = tanh(input_gate * new + forget_gate * cell)
+        grad_output = grad_hidden * tanh_cell * output_gate * (1.0 - output_gate)
+        grad_cell += grad_hidden * output_gate * (1.0 - tanh_cell * tanh_cell)
+        grad_input = grad_cell * new * input_gate * (1.0 - input_gate)
+        grad_forget = grad_cell * cell * forget_gate * (1.0 - forget_gate)
+        grad_x = (grad_input, grad_forget, grad_cell * input_gate * (1.0 - new * new), grad_output)
+        grad_h = grad_x
+        grad_cell = grad_cell * forget_gate
+        grad_hidden = tl.zeros_like(grad_hidden)
+    return grad_x, grad_h, grad_hidden, grad_cell
 
 
 @triton.jit
@@ -71,35 +97,55 @@ def gate_offsets(row, column, size, GATE: tl.constexpr, GATES: tl.constexpr):
 
 
 @triton.jit
-def load_gate(matrix, row, column, mask, size, GATE: tl.constexpr, GATES: tl.constexpr):
-    """The tile `(R, C)` of one gate in a matrix `(..., G D)`, in float32, zero outside the mask."""
-    return tl.load(matrix + gate_offsets(row, column, size, GATE, GATES), mask=mask, other=0.0).to(tl.float32)
+def load_gates(matrix, row, column, mask, size, GATES: tl.constexpr):
+    """The gates in a matrix `(..., G D)`, in float32, zero outside the mask."""
+    gates = ()
+    for gate in tl.static_range(GATES):
+        tile = tl.load(matrix + gate_offsets(row, column, size, gate, GATES), mask=mask, other=0.0)
+        gates += (tile.to(tl.float32),)
+    return gates
 
 
 @triton.jit
-def load_bias(bias, column, size, GATE: tl.constexpr):
-    """One gate's part `(1, C)` of a vector `(G D)`, in float32."""
-    return tl.load(bias + GATE * size + column, mask=column < size, other=0.0).to(tl.float32)[None, :]
+def store_gates(matrix, gates, row, column, mask, size, GATES: tl.constexpr):
+    """Writes gates into a matrix `(..., G D)`."""
+    for gate in tl.static_range(GATES):
+        pointers = matrix + gate_offsets(row, column, size, gate, GATES)
+        tl.store(pointers, tl.broadcast_to(gates[gate], mask.shape).to(matrix.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def load_input(
-    projected, zero_input, row, same, column, mask, size, GATE: tl.constexpr, GATES: tl.constexpr, PACKED: tl.constexpr
-):
-    """One gate of the inputs of a step, `(R, C)`; in packed sequences that of a zero input where not `same` `(R)`."""
-    inputs = load_gate(projected, row, column, mask, size, GATE, GATES)
+def load_biases(bias, column, size, GATES: tl.constexpr):
+    """The gates `(1, C)` of a vector `(G D)`, in float32."""
+    gates = ()
+    for gate in tl.static_range(GATES):
+        part = tl.load(bias + gate * size + column, mask=column < size, other=0.0)
+        gates += (part.to(tl.float32)[None, :],)
+    return gates
+
+
+@triton.jit
+def load_inputs(projected, zero_input, row, same, column, mask, size, GATES: tl.constexpr, PACKED: tl.constexpr):
+    """The gates of the inputs of a step; in packed sequences those of a zero input where not `same` `(R)`."""
+    gates = load_gates(projected, row, column, mask, size, GATES)
     if PACKED:
-        inputs = tl.where(same[:, None], inputs, load_bias(zero_input, column, size, GATE))
-    return inputs
+        zero_gates = load_biases(zero_input, column, size, GATES)
+        shown = ()
+        for gate in tl.static_range(GATES):
+            shown += (tl.where(same[:, None], gates[gate], zero_gates[gate]),)
+        gates = shown
+    return gates
 
 
 @triton.jit
-def of_same_segment(segment_ids, row, position, valid, step, window):
+def of_same_segment(segment_ids, row, position, valid, step, window, PACKED: tl.constexpr):
     """Whether the input of a step `(R)` is of the row's own segment; -1 is the segment before the sequence."""
-    back = window - 1 - step
-    own = tl.load(segment_ids + row, mask=valid, other=0)
-    neighbour = tl.load(segment_ids + row - back, mask=valid & (position >= back), other=-1)
-    return neighbour == own
+    same = valid
+    if PACKED:
+        back = window - 1 - step
+        own = tl.load(segment_ids + row, mask=valid, other=0)
+        same = own == tl.load(segment_ids + row - back, mask=valid & (position >= back), other=-1)
+    return same
 
 
 @triton.jit
@@ -111,3 +157,11 @@ def add_rows_to(sums, values, column, size):
     mask = column < size
     total = tl.sum(values, axis=0).to(tl.float64)
     tl.store(sums + column, tl.load(sums + column, mask=mask, other=0.0) + total, mask=mask)
+
+
+@triton.jit
+def add_zero_gradients(zero_sums, gradients, elsewhere, column, size, GATES: tl.constexpr):
+    """Adds the gradients of the zero inputs, which stand where `elsewhere` `(R, C)`, to this program's sums `(G D)`."""
+    sums = zero_sums + tl.program_id(0).to(tl.int64) * (GATES * size)
+    for gate in tl.static_range(GATES):
+        add_rows_to(sums + gate * size, tl.where(elsewhere, gradients[gate], 0.0), column, size)

@@ -2,13 +2,13 @@
 """
 A LocalRNN on a GPU where W_h does not fit on the chip: each step is a library product and one kernel for its gates.
 
-Forward, step k:    product = h W_h'; the kernel reads x W_x' + b_x out of the padded projections, makes gates and h.
-Backward, step k:   the kernel makes the gradient of the product's gates and adds that of the inputs to their slice;
-                    then two products, for the gradients of h and of W_h.
+Forward, step k:    product = h W_h'; the kernel reads W_x x + b_x from the padded projections, computes gates and h.
+Backward, step k:   the kernel computes the gradient of W_h h + b_h and adds the gradient of W_x x + b_x to the rows of
+                    the inputs; then two products give the gradients of h and of W_h.
 
-Of each step the gates alone are kept, G D values a position; a backward pass gets the states from them again, which
-takes no product, for some rows at a time. Steps run one after another and a step adds to a position once, so every sum
-has one order: results are the same from run to run.
+Only the gates of each step are kept, G D values a position. The backward pass computes the states from them again,
+which takes no product, for some rows at a time. Steps run one after another and a step adds to an input once, so every
+sum has one order: results are the same from run to run.
 """
 
 # B batch, L length, D hidden size, K window, R = B L rows, G gates: GRU 3, LSTM 4, tanh RNN 1
@@ -17,14 +17,15 @@ import torch
 
 from .local_rnn_triton_cells import (
     add_rows_to,
+    add_zero_gradients,
     gate_offsets,
-    gru_backward,
-    gru_gates,
-    load_bias,
-    load_gate,
-    load_input,
-    lstm_backward,
+    load_biases,
+    load_gates,
+    load_inputs,
     of_same_segment,
+    run_step,
+    run_step_backward,
+    store_gates,
     tanh,
     tl,
     triton,
@@ -40,7 +41,7 @@ BACKWARD_ELEMENTS = 2**23
 
 @triton.jit
 def rows_and_columns(rows, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's rows (int64), which of them are there, its columns, and the mask `(ROWS, COLUMNS)`."""
+    """This program's rows (int64), which of them exist, its columns, and the mask `(ROWS, COLUMNS)`."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     valid = row < rows
@@ -72,59 +73,32 @@ def forward_kernel(
 ):
     row, valid, column, mask = rows_and_columns(rows, size, ROWS, COLUMNS)
     source = row + (row // length) * (window - 1) + step  # the row of `projected`
-    same = valid
-    if PACKED:
-        same = of_same_segment(segment_ids, row, row % length, valid, step, window)
+    same = of_same_segment(segment_ids, row, row % length, valid, step, window, PACKED)
+    x = load_inputs(projected, zero_input, source, same, column, mask, size, GATES, PACKED)
+    h = load_biases(bias, column, size, GATES)
     state = row[:, None] * size + column[None, :]
-    x_0 = load_input(projected, zero_input, source, same, column, mask, size, 0, GATES, PACKED)
-    h_0 = load_bias(bias, column, size, 0)
+    hidden = tl.zeros((ROWS, COLUMNS), tl.float32)
+    old_cell = hidden
     if not FIRST:
-        h_0 += load_gate(product, row, column, mask, size, 0, GATES)
-    if GATES == 1:
-        tl.store(after + state, tanh(x_0 + h_0).to(after.dtype.element_ty), mask=mask)
-    else:
-        x_1 = load_input(projected, zero_input, source, same, column, mask, size, 1, GATES, PACKED)
-        x_2 = load_input(projected, zero_input, source, same, column, mask, size, 2, GATES, PACKED)
-        h_1 = load_bias(bias, column, size, 1)
-        h_2 = load_bias(bias, column, size, 2)
-        if not FIRST:
-            h_1 += load_gate(product, row, column, mask, size, 1, GATES)
-            h_2 += load_gate(product, row, column, mask, size, 2, GATES)
+        h = add_gates(h, load_gates(product, row, column, mask, size, GATES), GATES)
         if GATES == 3:
-            gate_0, gate_1, new = gru_gates(x_0, x_1, x_2, h_0, h_1, h_2)
-            gate_2 = tl.broadcast_to(h_2, (ROWS, COLUMNS))
-            if FIRST:
-                hidden = new - gate_1 * new
-            else:
-                hidden = tl.load(before + state, mask=mask, other=0.0).to(tl.float32)
-                hidden = new + gate_1 * (hidden - new)
-        else:
-            x_3 = load_input(projected, zero_input, source, same, column, mask, size, 3, GATES, PACKED)
-            h_3 = load_bias(bias, column, size, 3)
-            if not FIRST:
-                h_3 += load_gate(product, row, column, mask, size, 3, GATES)
-            gate_0 = tl.sigmoid(x_0 + h_0)
-            gate_1 = tl.sigmoid(x_1 + h_1)
-            gate_2 = tanh(x_2 + h_2)
-            gate_3 = tl.sigmoid(x_3 + h_3)
-            new_cell = gate_0 * gate_2
-            if not FIRST:
-                new_cell += gate_1 * tl.load(cell + state, mask=mask, other=0.0)
-            tl.store(cell + state, new_cell, mask=mask)
-            hidden = gate_3 * tanh(new_cell)
-            if KEEP:
-                store_gate(kept, gate_3, row, column, mask, size, 3, GATES)
-        tl.store(after + state, hidden.to(after.dtype.element_ty), mask=mask)
-        if KEEP:
-            store_gate(kept, gate_0, row, column, mask, size, 0, GATES)
-            store_gate(kept, gate_1, row, column, mask, size, 1, GATES)
-            store_gate(kept, gate_2, row, column, mask, size, 2, GATES)
+            hidden = tl.load(before + state, mask=mask, other=0.0).to(tl.float32)
+        if GATES == 4:
+            old_cell = tl.load(cell + state, mask=mask, other=0.0)
+    hidden, new_cell, gates = run_step(x, h, hidden, old_cell, GATES)
+    tl.store(after + state, hidden.to(after.dtype.element_ty), mask=mask)
+    if GATES == 4:
+        tl.store(cell + state, new_cell, mask=mask)
+    if KEEP and GATES > 1:  # the hidden state of a tanh RNN is written where it is kept
+        store_gates(kept, gates, row, column, mask, size, GATES)
 
 
 @triton.jit
-def store_gate(matrix, values, row, column, mask, size, GATE: tl.constexpr, GATES: tl.constexpr):
-    """Writes the tile `(ROWS, COLUMNS)` of one gate into a matrix `(R, G D)`."""
-    tl.store(matrix + gate_offsets(row, column, size, GATE, GATES), values.to(matrix.dtype.element_ty), mask=mask)
+def add_gates(left, right, GATES: tl.constexpr):
+    sums = ()
+    for gate in tl.static_range(GATES):
+        sums += (left[gate] + right[gate],)
+    return sums
 
 
 @triton.jit
@@ -154,23 +128,18 @@ def states_kernel(
     kept_row = row
     state_row = local
     for step in range(window - 1):
-        gate_0 = load_gate(kept, kept_row, column, mask, size, 0, GATES)
-        gate_1 = load_gate(kept, kept_row, column, mask, size, 1, GATES)
-        gate_2 = load_gate(kept, kept_row, column, mask, size, 2, GATES)
+        gates = load_gates(kept, kept_row, column, mask, size, GATES)
         offsets = state_row[:, None] * size + column[None, :]
         if GATES == 3:
-            same = valid
-            if PACKED:
-                same = of_same_segment(segment_ids, row, row % length, valid, step, window)
-            new_x = load_input(projected, zero_input, source + step, same, column, mask, size, 2, GATES, PACKED)
-            new = tanh(new_x + gate_0 * gate_2)
-            state = new + gate_1 * (state - new)
+            same = of_same_segment(segment_ids, row, row % length, valid, step, window, PACKED)
+            x = load_inputs(projected, zero_input, source + step, same, column, mask, size, GATES, PACKED)
+            new = tanh(x[2] + gates[0] * gates[2])
+            state = new + gates[1] * (state - new)
             tl.store(hidden + offsets, state.to(hidden.dtype.element_ty), mask=mask)
         else:
-            gate_3 = load_gate(kept, kept_row, column, mask, size, 3, GATES)
-            state = gate_0 * gate_2 + gate_1 * state
+            state = gates[0] * gates[2] + gates[1] * state
             tl.store(cells + offsets, state.to(cells.dtype.element_ty), mask=mask)
-            tl.store(hidden + offsets, (gate_3 * tanh(state)).to(hidden.dtype.element_ty), mask=mask)
+            tl.store(hidden + offsets, (gates[3] * tanh(state)).to(hidden.dtype.element_ty), mask=mask)
         kept_row += all_rows
         state_row += rows
 
@@ -204,71 +173,38 @@ def backward_kernel(
     local, valid, column, mask = rows_and_columns(rows, size, ROWS, COLUMNS)
     row = local + first_row
     source = row + (row // length) * (window - 1) + step
-    same = valid
-    if PACKED:
-        same = of_same_segment(segment_ids, row, row % length, valid, step, window)
+    same = of_same_segment(segment_ids, row, row % length, valid, step, window, PACKED)
     state = local[:, None] * size + column[None, :]
+    gates = load_gates(kept, local, column, mask, size, GATES)
     grad_h = tl.load(grad_hidden + state, mask=mask, other=0.0).to(tl.float32)
-    gate_0 = load_gate(kept, local, column, mask, size, 0, GATES)
-    if GATES == 1:
-        grad_0 = grad_h * (1.0 - gate_0 * gate_0)
-    else:
-        gate_1 = load_gate(kept, local, column, mask, size, 1, GATES)
-        gate_2 = load_gate(kept, local, column, mask, size, 2, GATES)
-        old = tl.zeros((ROWS, COLUMNS), tl.float32)
-        if not FIRST:
-            old = tl.load(before + state, mask=mask, other=0.0).to(tl.float32)
-        carried = tl.zeros((ROWS, COLUMNS), tl.float32)
-        if not LAST:
-            carried = tl.load(carry + state, mask=mask, other=0.0)
+    grad_cell = tl.zeros((ROWS, COLUMNS), tl.float32)
+    old = grad_cell
+    new_x = grad_cell
+    if GATES > 1 and not FIRST:
+        old = tl.load(before + state, mask=mask, other=0.0).to(tl.float32)
+    if GATES == 3:
+        x = load_inputs(projected, zero_input, source, same, column, mask, size, GATES, PACKED)
+        new_x = x[2]
+    if GATES > 1 and not LAST:
+        carried = tl.load(carry + state, mask=mask, other=0.0)
         if GATES == 3:
-            new_x = load_input(projected, zero_input, source, same, column, mask, size, 2, GATES, PACKED)
-            new = tanh(new_x + gate_0 * gate_2)
             grad_h += carried
-            grad_0, grad_1, grad_2 = gru_backward(grad_h, gate_0, gate_1, new, gate_2, old)
-            carried = grad_h * gate_1
-            grad_new_h = tl.where(mask, grad_2 * gate_0, 0.0)
-            store_gate(grad_recurrent, grad_new_h, local, column, mask, size, 2, GATES)
-            add_rows_to(bias_sums + tl.program_id(0).to(tl.int64) * size, grad_new_h, column, size)
         else:
-            gate_3 = load_gate(kept, local, column, mask, size, 3, GATES)
-            grad_0, grad_1, grad_2, grad_3, carried = lstm_backward(
-                grad_h, carried, gate_0, gate_1, gate_2, gate_3, old
-            )
-            store_gate(grad_recurrent, grad_2, local, column, mask, size, 2, GATES)
-            store_gate(grad_recurrent, grad_3, local, column, mask, size, 3, GATES)
-            add_gradient(grad_projected, zero_sums, grad_3, source, valid, same, column, mask, size, 3, GATES, PACKED)
-        tl.store(carry + state, carried, mask=mask)
-        store_gate(grad_recurrent, grad_1, local, column, mask, size, 1, GATES)
-        add_gradient(grad_projected, zero_sums, grad_1, source, valid, same, column, mask, size, 1, GATES, PACKED)
-        add_gradient(grad_projected, zero_sums, grad_2, source, valid, same, column, mask, size, 2, GATES, PACKED)
-    store_gate(grad_recurrent, grad_0, local, column, mask, size, 0, GATES)
-    add_gradient(grad_projected, zero_sums, grad_0, source, valid, same, column, mask, size, 0, GATES, PACKED)
-
-
-@triton.jit
-def add_gradient(
-    grad_projected,
-    zero_sums,
-    gradient,
-    source,
-    valid,
-    same,
-    column,
-    mask,
-    size,
-    GATE: tl.constexpr,
-    GATES: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """Adds the gradient `(ROWS, COLUMNS)` of one gate of the inputs to their rows, or to the zero input's."""
+            grad_cell = carried
+    grads_x, grads_h, past_product, grad_cell = run_step_backward(gates, new_x, old, old, grad_h, grad_cell, GATES)
+    if GATES == 3:
+        tl.store(carry + state, past_product, mask=mask)
+        sums = bias_sums + tl.program_id(0).to(tl.int64) * size
+        add_rows_to(sums, tl.where(mask, grads_h[2], 0.0), column, size)
+    if GATES == 4:
+        tl.store(carry + state, grad_cell, mask=mask)
+    store_gates(grad_recurrent, grads_h, local, column, mask, size, GATES)
     if PACKED:
-        sums = zero_sums + tl.program_id(0).to(tl.int64) * (GATES * size) + GATE * size
-        others = mask & (valid & (same == 0))[:, None]
-        add_rows_to(sums, tl.where(others, gradient, 0.0), column, size)
+        add_zero_gradients(zero_sums, grads_x, mask & (same == 0)[:, None], column, size, GATES)
         mask = mask & same[:, None]
-    pointers = grad_projected + gate_offsets(source, column, size, GATE, GATES)
-    tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + gradient, mask=mask)
+    for gate in tl.static_range(GATES):
+        pointers = grad_projected + gate_offsets(source, column, size, gate, GATES)
+        tl.store(pointers, tl.load(pointers, mask=mask, other=0.0) + grads_x[gate], mask=mask)
 
 
 def tile_of(size: int) -> dict[str, int]:

@@ -1,14 +1,14 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
 """
-A LocalRNN on a GPU where W_h fits on the chip: one kernel runs all K steps of a block of rows, W_h and the hidden state
-on chip, and reads the inputs of each step straight out of the padded projections.
+A LocalRNN on a GPU where W_h fits on the chip: one kernel runs all K steps of a block of rows. W_h and the hidden state
+stay on the chip, and the inputs of each step are read from the padded projections.
 
 Forward: the states after all steps but the last are kept, D values a step and position (2 D for an LSTM).
-Backward: a program takes one block of rows after another, makes the gates of a step again from the state before it, and
-sums the gradient of W_h on chip. Its rows are those of the padded projections, so a block of rows from r on reaches the
-inputs r to r + rows + K - 2 and no others. It sums the gradients of these in a buffer of its own, one step after
-another; where the buffers of neighbours overlap they are added at the end. So every sum has one order: results are the
-same from run to run.
+Backward: a program takes one block of rows after another, computes the gates of a step again from the state before it,
+and sums the gradient of W_h on the chip. Its rows are those of the padded projections, so a block of rows from r on
+reads the inputs r to r + rows + K - 2 and no others. It sums their gradients in a buffer of its own, one step after
+another; where the buffers of neighbouring blocks overlap they are added at the end. So every sum has one order: results
+are the same from run to run.
 """
 
 # B batch, L length, D hidden size, K window, R = B L rows, P = K - 1 + L positions with the padding,
@@ -18,34 +18,37 @@ import torch
 
 from .local_rnn_triton_cells import (
     add_rows_to,
+    add_zero_gradients,
     gate_offsets,
-    gru_backward,
-    gru_gates,
-    load_bias,
-    load_input,
-    lstm_backward,
+    load_biases,
+    load_inputs,
     of_same_segment,
+    run_step,
+    run_step_backward,
     tanh,
     tl,
     triton,
 )
 
 
-# Elements of a block of rows, so that the dozen tiles of a step stay in registers (as ptxas reports for an H200).
+# Elements of a block of rows: few, since the dozen tiles of a step should stay in registers.
 TILE_ELEMENTS = 1024
-# Rows of a block in the forward pass where its products run on tensor cores, which read W_h from shared memory then.
+# Rows of a block in the forward pass where its products run on tensor cores, which then read W_h from shared memory.
 TENSOR_CORE_ROWS = 64
-INTERPRETED = tl.constexpr(not isinstance(tanh, triton.runtime.JITFunction))  # what Triton has made of a function
+INTERPRETED = tl.constexpr(not isinstance(tanh, triton.runtime.JITFunction))  # Triton has compiled no function
 # Programs of the backward kernel for each multiprocessor of the GPU; each has a W_h of gradients to add up at the end.
 PROGRAMS_PER_PROCESSOR = 2
 
 
 @triton.jit
-def load_weight(weight, size, GATE: tl.constexpr, WIDTH: tl.constexpr):
-    """W_h' of one gate `(in, out)`, zero beyond D."""
+def load_weights(weight, size, GATES: tl.constexpr, WIDTH: tl.constexpr):
+    """W_h' of each gate `(in, out)`, zero beyond D."""
     column = tl.arange(0, WIDTH)
     mask = (column < size)[:, None] & (column < size)[None, :]
-    return tl.load(weight + (GATE * size + column)[None, :] * size + column[:, None], mask=mask, other=0.0)
+    weights = ()
+    for gate in tl.static_range(GATES):
+        weights += (tl.load(weight + (gate * size + column)[None, :] * size + column[:, None], mask=mask, other=0.0),)
+    return weights
 
 
 @triton.jit
@@ -56,6 +59,15 @@ def product(values, weight, PRECISION: tl.constexpr):
         values = values.to(tl.float32)
         weight = weight.to(tl.float32)
     return tl.dot(values, weight, input_precision=PRECISION)
+
+
+@triton.jit
+def recurrent_gates(hidden, weights, biases, PRECISION: tl.constexpr, GATES: tl.constexpr):
+    """The gates of W_h h + b_h."""
+    gates = ()
+    for gate in tl.static_range(GATES):
+        gates += (product(hidden, weights[gate], PRECISION) + biases[gate],)
+    return gates
 
 
 @triton.jit
@@ -85,40 +97,16 @@ def forward_kernel(
     source = row + (row // length) * (window - 1)  # the row of `projected` in the first step
     column = tl.arange(0, WIDTH)
     mask = valid[:, None] & (column < size)[None, :]
-    weight_0 = load_weight(weight, size, 0, WIDTH)
-    bias_0 = load_bias(bias, column, size, 0)
-    if GATES > 1:
-        weight_1 = load_weight(weight, size, 1, WIDTH)
-        weight_2 = load_weight(weight, size, 2, WIDTH)
-        bias_1 = load_bias(bias, column, size, 1)
-        bias_2 = load_bias(bias, column, size, 2)
-    if GATES > 3:
-        weight_3 = load_weight(weight, size, 3, WIDTH)
-        bias_3 = load_bias(bias, column, size, 3)
+    weights = load_weights(weight, size, GATES, WIDTH)
+    biases = load_biases(bias, column, size, GATES)
     hidden = tl.zeros((ROWS, WIDTH), tl.float32)
     cell = tl.zeros((ROWS, WIDTH), tl.float32)
     state_row = row
     for step in range(window):
-        same = valid
-        if PACKED:
-            same = of_same_segment(segment_ids, row, position, valid, step, window)
-        x_0 = load_input(projected, zero_input, source + step, same, column, mask, size, 0, GATES, PACKED)
-        h_0 = product(hidden, weight_0, PRECISION) + bias_0
-        if GATES == 1:
-            hidden = tanh(x_0 + h_0)
-        else:
-            x_1 = load_input(projected, zero_input, source + step, same, column, mask, size, 1, GATES, PACKED)
-            x_2 = load_input(projected, zero_input, source + step, same, column, mask, size, 2, GATES, PACKED)
-            h_1 = product(hidden, weight_1, PRECISION) + bias_1
-            h_2 = product(hidden, weight_2, PRECISION) + bias_2
-            if GATES == 3:
-                _, update, new = gru_gates(x_0, x_1, x_2, h_0, h_1, h_2)
-                hidden = new + update * (hidden - new)
-            else:
-                x_3 = load_input(projected, zero_input, source + step, same, column, mask, size, 3, GATES, PACKED)
-                h_3 = product(hidden, weight_3, PRECISION) + bias_3
-                cell = tl.sigmoid(x_0 + h_0) * tanh(x_2 + h_2) + tl.sigmoid(x_1 + h_1) * cell
-                hidden = tl.sigmoid(x_3 + h_3) * tanh(cell)
+        same = of_same_segment(segment_ids, row, position, valid, step, window, PACKED)
+        x = load_inputs(projected, zero_input, source + step, same, column, mask, size, GATES, PACKED)
+        h = recurrent_gates(hidden, weights, biases, PRECISION, GATES)
+        hidden, cell, _ = run_step(x, h, hidden, cell, GATES)
         if KEEP:
             offsets = state_row[:, None] * size + column[None, :]
             inner = mask & (state_row < rows * tl.cast(window - 1, tl.int64))[:, None]
@@ -131,29 +119,20 @@ def forward_kernel(
 
 
 @triton.jit
-def add_gradient(
-    own_inputs, gradient, input_row, new_row, columns, column, size, GATE: tl.constexpr, GATES: tl.constexpr
-):
-    """Adds one gate's gradient of the inputs to the program's buffer; `new_row` `(ROWS, 1)` holds nothing yet."""
-    pointers = own_inputs + gate_offsets(input_row, column, size, GATE, GATES)
-    old = tl.load(pointers, mask=columns & (new_row == 0), other=0.0)
-    tl.store(pointers, old + gradient, mask=columns)
+def add_weight_gradients(sums, grads_h, hidden, PRECISION: tl.constexpr, GATES: tl.constexpr):
+    """The sums of the gradient of W_h, `(out, in)` for each gate, with those of one step added."""
+    added = ()
+    for gate in tl.static_range(GATES):
+        added += (sums[gate] + product(tl.trans(grads_h[gate].to(hidden.dtype)), hidden, PRECISION),)
+    return added
 
 
 @triton.jit
-def store_weight(weights, values, size, GATE: tl.constexpr, GATES: tl.constexpr, WIDTH: tl.constexpr):
-    """The program's sum of the gradient of W_h of one gate, `(out, in)`."""
-    column = tl.arange(0, WIDTH)
-    mask = (column < size)[:, None] & (column < size)[None, :]
-    start = tl.program_id(0).to(tl.int64) * (GATES * size) + GATE * size
-    tl.store(weights + (start + column)[:, None] * size + column[None, :], values, mask=mask)
-
-
-@triton.jit
-def add_zero_gradient(zero_sums, gradient, same, column, size, GATE: tl.constexpr, GATES: tl.constexpr):
-    """Adds one gate's gradient of the zero inputs, which stand where not `same`."""
-    sums = zero_sums + tl.program_id(0).to(tl.int64) * (GATES * size) + GATE * size
-    add_rows_to(sums, tl.where(same[:, None], 0.0, gradient), column, size)
+def zeros_of_weights(GATES: tl.constexpr, WIDTH: tl.constexpr):
+    zeros = ()
+    for _gate in tl.static_range(GATES):
+        zeros += (tl.zeros((WIDTH, WIDTH), tl.float32),)
+    return zeros
 
 
 @triton.jit
@@ -183,20 +162,9 @@ def backward_kernel(
     WIDTH: tl.constexpr,
 ):
     column = tl.arange(0, WIDTH)
-    weight_0 = load_weight(weight, size, 0, WIDTH)
-    bias_0 = load_bias(bias, column, size, 0)
-    grad_weight_0 = tl.zeros((WIDTH, WIDTH), tl.float32)
-    if GATES > 1:
-        weight_1 = load_weight(weight, size, 1, WIDTH)
-        weight_2 = load_weight(weight, size, 2, WIDTH)
-        bias_1 = load_bias(bias, column, size, 1)
-        bias_2 = load_bias(bias, column, size, 2)
-        grad_weight_1 = tl.zeros((WIDTH, WIDTH), tl.float32)
-        grad_weight_2 = tl.zeros((WIDTH, WIDTH), tl.float32)
-    if GATES > 3:
-        weight_3 = load_weight(weight, size, 3, WIDTH)
-        bias_3 = load_bias(bias, column, size, 3)
-        grad_weight_3 = tl.zeros((WIDTH, WIDTH), tl.float32)
+    weights = load_weights(weight, size, GATES, WIDTH)
+    biases = load_biases(bias, column, size, GATES)
+    weight_sums = zeros_of_weights(GATES, WIDTH)
     local = tl.arange(0, ROWS)
     positions = length + window - 1
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
@@ -213,79 +181,42 @@ def backward_kernel(
         own_row = tl.cast(block, tl.int64) * (ROWS + window - 1) + local
         for back in range(window):
             step = window - 1 - back
-            same = valid
-            if PACKED:
-                same = of_same_segment(segment_ids, row, position, valid, step, window)
+            same = of_same_segment(segment_ids, row, position, valid, step, window, PACKED)
             state_row = row + tl.cast(step - 1, tl.int64) * rows
             before = state_row[:, None] * size + column[None, :]
             inner = mask & (state_row >= 0)[:, None]
             hidden = tl.load(hiddens + before, mask=inner, other=0.0)  # in the inputs' type, in which products take it
-            x_0 = load_input(projected, zero_input, source + step, same, column, mask, size, 0, GATES, PACKED)
-            h_0 = product(hidden, weight_0, PRECISION) + bias_0
-            if GATES == 1:
-                new = tanh(x_0 + h_0)
-                grad_0 = grad_hidden * (1.0 - new * new)
-                grad_hidden = product(grad_0, tl.trans(weight_0), PRECISION)
-            else:
-                x_1 = load_input(projected, zero_input, source + step, same, column, mask, size, 1, GATES, PACKED)
-                x_2 = load_input(projected, zero_input, source + step, same, column, mask, size, 2, GATES, PACKED)
-                h_1 = product(hidden, weight_1, PRECISION) + bias_1
-                h_2 = product(hidden, weight_2, PRECISION) + bias_2
-                if GATES == 3:
-                    reset, update, new = gru_gates(x_0, x_1, x_2, h_0, h_1, h_2)
-                    grad_0, grad_1, grad_2 = gru_backward(grad_hidden, reset, update, new, h_2, hidden.to(tl.float32))
-                    grad_h_2 = grad_2 * reset
-                    add_rows_to(bias_sums + tl.program_id(0) * size, grad_h_2, column, size)
-                    grad_hidden = grad_hidden * update
-                else:
-                    x_3 = load_input(projected, zero_input, source + step, same, column, mask, size, 3, GATES, PACKED)
-                    h_3 = product(hidden, weight_3, PRECISION) + bias_3
-                    cell = tl.load(cells + before, mask=inner, other=0.0).to(tl.float32)
-                    grad_0, grad_1, grad_2, grad_3, grad_cell = lstm_backward(
-                        grad_hidden,
-                        grad_cell,
-                        tl.sigmoid(x_0 + h_0),
-                        tl.sigmoid(x_1 + h_1),
-                        tanh(x_2 + h_2),
-                        tl.sigmoid(x_3 + h_3),
-                        cell,
-                    )
-                    grad_h_2 = grad_2
-                    grad_hidden = product(grad_3, tl.trans(weight_3), PRECISION)
-                    grad_weight_3 += product(tl.trans(grad_3.to(hidden.dtype)), hidden, PRECISION)
-                grad_hidden += product(grad_0, tl.trans(weight_0), PRECISION)
-                grad_hidden += product(grad_1, tl.trans(weight_1), PRECISION)
-                grad_hidden += product(grad_h_2, tl.trans(weight_2), PRECISION)
-                grad_weight_1 += product(tl.trans(grad_1.to(hidden.dtype)), hidden, PRECISION)
-                grad_weight_2 += product(tl.trans(grad_h_2.to(hidden.dtype)), hidden, PRECISION)
-            grad_weight_0 += product(tl.trans(grad_0.to(hidden.dtype)), hidden, PRECISION)
+            hidden_before = hidden.to(tl.float32)
+            cell = hidden_before
+            if GATES == 4:
+                cell = tl.load(cells + before, mask=inner, other=0.0).to(tl.float32)
+            x = load_inputs(projected, zero_input, source + step, same, column, mask, size, GATES, PACKED)
+            h = recurrent_gates(hidden, weights, biases, PRECISION, GATES)
+            _, _, gates = run_step(x, h, hidden_before, cell, GATES)
+            grads_x, grads_h, grad_hidden, grad_cell = run_step_backward(
+                gates, x[GATES - 1], hidden_before, cell, grad_hidden, grad_cell, GATES
+            )
+            for gate in tl.static_range(GATES):
+                grad_hidden += product(grads_h[gate], tl.trans(weights[gate]), PRECISION)
+            weight_sums = add_weight_gradients(weight_sums, grads_h, hidden, PRECISION, GATES)
+            if GATES == 3:
+                add_rows_to(bias_sums + tl.program_id(0) * size, grads_h[2], column, size)
             if PACKED:
-                add_zero_gradient(zero_sums, grad_0, same, column, size, 0, GATES)
-                grad_0 = tl.where(same[:, None], grad_0, 0.0)
-                if GATES > 1:
-                    add_zero_gradient(zero_sums, grad_1, same, column, size, 1, GATES)
-                    add_zero_gradient(zero_sums, grad_2, same, column, size, 2, GATES)
-                    grad_1 = tl.where(same[:, None], grad_1, 0.0)
-                    grad_2 = tl.where(same[:, None], grad_2, 0.0)
-                if GATES > 3:
-                    add_zero_gradient(zero_sums, grad_3, same, column, size, 3, GATES)
-                    grad_3 = tl.where(same[:, None], grad_3, 0.0)
+                add_zero_gradients(zero_sums, grads_x, mask & (same == 0)[:, None], column, size, GATES)
             # The step before this one wrote all rows but the first, from other threads.
             tl.debug_barrier()
-            new_row = (local * back == 0)[:, None]
-            input_row = own_row + step
-            add_gradient(grad_inputs, grad_0, input_row, new_row, columns, column, size, 0, GATES)
-            if GATES > 1:
-                add_gradient(grad_inputs, grad_1, input_row, new_row, columns, column, size, 1, GATES)
-                add_gradient(grad_inputs, grad_2, input_row, new_row, columns, column, size, 2, GATES)
-            if GATES > 3:
-                add_gradient(grad_inputs, grad_3, input_row, new_row, columns, column, size, 3, GATES)
-    store_weight(grad_weight, grad_weight_0, size, 0, GATES, WIDTH)
-    if GATES > 1:
-        store_weight(grad_weight, grad_weight_1, size, 1, GATES, WIDTH)
-        store_weight(grad_weight, grad_weight_2, size, 2, GATES, WIDTH)
-    if GATES > 3:
-        store_weight(grad_weight, grad_weight_3, size, 3, GATES, WIDTH)
+            is_new = (local * back == 0)[:, None]  # rows to which no step has written
+            for gate in tl.static_range(GATES):
+                gradient = grads_x[gate]
+                if PACKED:
+                    gradient = tl.where(same[:, None], gradient, 0.0)
+                pointers = grad_inputs + gate_offsets(own_row + step, column, size, gate, GATES)
+                old = tl.load(pointers, mask=columns & (is_new == 0), other=0.0)
+                tl.store(pointers, old + gradient, mask=columns)
+    weight_mask = (column < size)[:, None] & (column < size)[None, :]
+    for gate in tl.static_range(GATES):
+        weight_row = tl.program_id(0).to(tl.int64) * (GATES * size) + gate * size + column
+        tl.store(grad_weight + weight_row[:, None] * size + column[None, :], weight_sums[gate], mask=weight_mask)
 
 
 def options_of(weight: torch.Tensor) -> dict:

@@ -1,6 +1,7 @@
 """The formulae of training/scaling.py against what a model on one process really does; test_parallel.py has several."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -43,6 +44,15 @@ def test_parameters_are_counted_by_part_and_tied_ones_once(variant):
     assert parts["attention"] == 2 * 4 * (20 * 20 + 20)
 
 
+def cells_kept_in_c(config, positions):
+    """Bytes of the LSTM's cells, which the formulae leave out: the Triton kernels compute them again."""
+    if config.local_rnn_type != "lstm":
+        return 0
+    layers = config.num_hidden_layers * config.num_local_rnns
+    return 4 * layers * (config.local_window - 1) * positions * config.hidden_size
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_what_is_kept_for_the_backward_pass_is_what_was_computed(variant, checkpointing):
     if variant == "original-norm":
@@ -51,7 +61,7 @@ def test_what_is_kept_for_the_backward_pass_is_what_was_computed(variant, checkp
     model = RTransformerForCausalLM(config).train()
     for module in model.modules():
         if hasattr(module, "implementation"):
-            module.implementation = "tiled"
+            module.implementation = "c"
     if checkpointing:
         model.gradient_checkpointing_enable()
     computed = scaling.activations(config, 3, 130, Layout.of("ddp", 1, checkpointing=checkpointing))
@@ -61,7 +71,8 @@ def test_what_is_kept_for_the_backward_pass_is_what_was_computed(variant, checkp
         one = scaling.kept_by_block(config, 1, 3, 130, Layout.of("ddp", 1))
         assert measured == pytest.approx(sum(computed.values()) - sum(one.values()), rel=0.02)
     else:
-        assert measured == pytest.approx(sum(computed.values()), rel=0.05)
+        cells = cells_kept_in_c(config, 3 * 130)
+        assert measured == pytest.approx(sum(computed.values()) + cells, rel=0.05)
 
 
 def test_operations_are_what_torch_counts(variant):

@@ -161,8 +161,8 @@ def arithmetic(config: RTransformerConfig, length: int, causal_half: bool = True
 
 def kept_by_block(config: RTransformerConfig, layer: int, rows: int, length: int, layout: Layout) -> dict[str, int]:
     """
-    Bytes that a block keeps for its backward pass, by part: fused attention, the LocalRNN in tiles or in the Triton
-    kernels for large D, ReLU, no dropout.
+    Bytes that a block keeps for its backward pass, by part: fused attention, the LocalRNN in the Triton kernels for
+    large D, ReLU, no dropout.
     """
     size, parts = config.hidden_size, layout.tensor_parallel
     inner, element, positions = config.intermediate_size // parts, layout.element, rows * length
