@@ -58,17 +58,13 @@ def write_metric(metric: Path, folder: Path, repo_id: str, license: str) -> list
         )
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(metric / f"{name}.py", folder / f"{name}.py")
-    module = ast.parse((metric / f"{name}.py").read_text(encoding="utf-8"))
-    needed = {"sklearn": "scikit-learn", "evaluate": "evaluate", "datasets": "datasets"}
-    imported = {alias.name for node in module.body if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module.split(".")[0] for node in module.body if isinstance(node, ast.ImportFrom)}
-    libraries = sorted(needed[library] for library in imported if library in needed)
-    (folder / "requirements.txt").write_text("\n".join(libraries) + "\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text("datasets\nevaluate\n", encoding="utf-8")
+    description = ast.get_docstring(ast.parse((metric / f"{name}.py").read_text(encoding="utf-8")))
     data = SpaceCardData(title=name, sdk="static", license=license, tags=["evaluate", "metric"])
     text = (
-        f"---\n{data.to_yaml()}\n---\n\n# {name.replace('_', ' ')}\n\n{ast.get_docstring(module)}\n\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {name.replace('_', ' ')}\n\n{description}\n\n"
         f"```python\nimport evaluate\n\nmetric = evaluate.load({json.dumps(repo_id)})\n```\n\n"
-        f"Needs {', '.join(libraries)}.\n"
+        "Needs datasets and evaluate.\n"
     )
     RepoCard(text).save(folder / "README.md")
     return sorted(path.name for path in folder.iterdir())

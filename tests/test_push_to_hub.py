@@ -15,6 +15,7 @@ import modeling_rtransformer
 from modeling_rtransformer import RTransformerForCausalLM, RTransformerForSequenceClassification
 from modeling_rtransformer.hub_files import HUB_FILES, PICKLES, HubFilesCallback
 from scripts import push_to_hub, train
+from scripts.metrics import SHARED
 from scripts.sharing.upload import PushError
 from scripts.training.averaging import UNAVERAGED
 from tests.conftest import tiny_config
@@ -368,7 +369,7 @@ def test_the_callback_keeps_to_the_list(tmp_path):
     assert (tmp_path / "modeling_rtransformer.py").read_bytes() == (PACKAGE / "modeling_rtransformer.py").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["accuracy", "bits_per_character", "f1", "mae", "mse", "nats_per_frame", "perplexity"])
+@pytest.mark.parametrize("name", SHARED)
 def test_a_metric_goes_to_a_space(hub, name):
     folder = Path(push_to_hub.__file__).parent / "metrics" / name
     result = run(folder, f"someone/{name}")

@@ -15,11 +15,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from scripts.data.sources import SOURCES
+from scripts.metrics import METRIC_FUNCTIONS
 from scripts.training.recipe import Recipe
 
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "hub_card.md"
-METRICS = Path(__file__).resolve().parents[1] / "metrics"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def head_of(config) -> Head:
 
 def own_metrics(split: Mapping[str, float]) -> dict[str, float]:
     """Those of a split's figures that are metrics of the model, not of what it is compared with."""
-    return {name: value for name, value in split.items() if (METRICS / name).is_dir()}
+    return {name: value for name, value in split.items() if name in METRIC_FUNCTIONS}
 
 
 def eval_results(results: Mapping[str, Any], recipe: Recipe | None, head: Head) -> list[EvalResult]:
