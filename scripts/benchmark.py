@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from scripts.benchmarks import attention, local_rnn, models
 from scripts.benchmarks.measuring import Case, measure, roofline
@@ -96,11 +97,7 @@ def table(rows: list[dict]) -> str:
 
 
 def plot_lengths(rows: list[dict], path: Path) -> None:
-    """Time and memory of RSA, fused attention and the dense form against the length, if matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
+    """Plot time and memory of RSA, fused attention and the dense form against the length."""
     lines: dict[str, dict] = {}
     for row in rows:
         if set(row["sizes"]) != {"L"}:

@@ -115,10 +115,12 @@ def draw(table: Table, found: Mapping[str, Mapping[str, Any]], folder: Path) -> 
     column = table.curves or next(iter(table.columns))
     curves = {run.row.name: found[run.name]["curve"] for run in runs if run.column == column}
     stem = slug(table.name)
-    if curves and plot_curves(curves, table.metrics[0], folder / f"{stem}.png"):
+    if curves:
+        plot_curves(curves, table.metrics[0], folder / f"{stem}.png")
         pictures.append((f"{table.title}: validation while training{', ' + column if column else ''}", f"{stem}.png"))
     gated = next((run for run in runs if found[run.name]["gates"]), None)
-    if gated is not None and plot_gates(found[gated.name]["gates"], folder / f"{stem}-gates.png"):
+    if gated is not None:
+        plot_gates(found[gated.name]["gates"], folder / f"{stem}-gates.png")
         pictures.append((f"{gated.row.name}: gates and eigenvalues that were learned", f"{stem}-gates.png"))
     return [(caption, f"{folder.name}/{name}") for caption, name in pictures]
 

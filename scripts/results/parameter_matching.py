@@ -14,6 +14,7 @@ The last line of stdout is one JSON object: for each name the overrides, ready f
 """
 
 import argparse
+import bisect
 import contextlib
 import json
 import math
@@ -28,6 +29,7 @@ from scripts.training.recipe import add_overrides, parse_file, read_recipe, reci
 
 
 TOLERANCE = 0.02
+LARGEST_WIDTH = 2**14  # in steps
 
 
 def read_baselines(recipe: str | Path) -> dict[str, tuple[str, ...]]:
@@ -57,14 +59,9 @@ def count_parameters(recipe, prepared: Prepared, **values) -> int:
 
 def nearest_width(count: Callable[[int], int], parameters: int, step: int = 1) -> int:
     """The multiple of `step` whose `count`, which grows with it, is nearest to `parameters`."""
-    above = 1  # in steps
-    while count(above * step) < parameters:
-        above *= 2
-    below = above // 2
-    while above - below > 1:
-        middle = (below + above) // 2
-        below, above = (middle, above) if count(middle * step) < parameters else (below, middle)
-    return step * min((width for width in (below, above) if width), key=lambda w: abs(count(w * step) - parameters))
+    widths = range(step, step * LARGEST_WIDTH, step)
+    place = bisect.bisect_left(widths, parameters, key=count)
+    return min(widths[max(0, place - 1) : place + 1], key=lambda width: abs(count(width) - parameters))
 
 
 def match(

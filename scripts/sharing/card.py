@@ -78,34 +78,6 @@ def eval_results(results: Mapping[str, Any], recipe: Recipe | None, head: Head) 
     ]
 
 
-def describe(config) -> list[str]:
-    """One sentence for each choice of the architecture."""
-    lines = []
-    if config.num_local_rnns:
-        count = "A LocalRNN" if config.num_local_rnns == 1 else f"{config.num_local_rnns} LocalRNNs"
-        window = config.local_window
-        sides = (
-            f"the last {window} positions" if config.is_causal else f"the last {window} and the next {window} positions"
-        )
-        if config.local_padding == "none":
-            sides += ", from the sequence's first one on,"
-        lines.append(
-            f"{count} ({config.local_rnn_type.upper()}) over {sides} before each attention layer (R-Transformer)."
-        )
-    heads = [kind.replace("_", " ") for kind in config.rem_kinds or [] if kind != "none"]
-    if heads:
-        lines.append(
-            f"{len(heads)} of {config.num_attention_heads} attention heads mixed with a Recurrence Encoding Matrix "
-            f"({', '.join(heads)}) (RSA)."
-        )
-    if config.position_embedding == "none":
-        lines.append("No position embedding.")
-    else:
-        lines.append(f"Position embedding: {config.position_embedding}.")
-    lines.append("It sees the past only." if config.is_causal else "It sees both sides.")
-    return lines
-
-
 def gate_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
     """One row for each REM head: layer, head, kind, dilation, gate, and the eigenvalue as `decay` and `angle`."""
     rows = []
@@ -179,7 +151,6 @@ def render(
         title=repo_id.split("/")[-1].replace("_", " "),
         head=head,
         config=config,
-        architecture=describe(config),
         parameters=model.num_parameters(),
         dtype=str(model.dtype).removeprefix("torch."),
         has_tokenizer=tokenizer is not None,

@@ -19,7 +19,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.data.sources.columns import (
-    check_stream,
+    TableOptions,
     hold_out,
     require_rows,
     select_columns,
@@ -42,16 +42,13 @@ PIECE = 1 << 16  # characters of a text file that are one document of a stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(TableOptions):
     """
+    Further settings are those of [`TableOptions`].
+
     Args:
         train, validation, test: a file or a list of files, relative to the working directory.
         format: `text`, `csv`, `json` (lines) or `parquet`; by the suffix of the first training file if left out.
-        held_out: the share of the training data for each split without files of its own.
-        seed: draws the held-out rows of a table.
-        text_column, label_column: names of the columns; a text file has only `text`.
-        streaming: read `train` while training, which takes any size; `validation` and `test` need files of their own.
-        shuffle_documents: documents of a stream that are held, tokenised and shuffled together.
     """
 
     source: str
@@ -59,17 +56,6 @@ class Options:
     validation: str | list[str] | None = None
     test: str | list[str] | None = None
     format: Literal["text", "csv", "json", "parquet"] | None = None
-    held_out: float = 0.1
-    seed: int = 0
-    text_column: str = "text"
-    label_column: str | None = None
-    streaming: bool = False
-    shuffle_documents: int = 256
-
-    def __post_init__(self) -> None:
-        if not 0 < self.held_out < 0.5:
-            raise ValueError(f"`data.held_out` must be above 0 and below 0.5, got {self.held_out}")
-        check_stream(self)
 
 
 def load(options: Options) -> DatasetDict:

@@ -194,10 +194,9 @@ def take(
     texts: list[str] = []
     while len(texts) < count:
         for text in automaton.sample(length, count - len(texts), completions, rng):
-            if seen is None:
+            if seen is None or text not in seen:
                 texts.append(text)
-            elif text not in seen:
-                texts.append(text)
+            if seen is not None:
                 seen.add(text)
     return texts
 
