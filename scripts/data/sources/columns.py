@@ -74,8 +74,8 @@ def select_columns(splits: DatasetDict, *, text: str, label: str | None) -> Data
             empty = dataset.data.column(theirs).null_count
             if empty:
                 raise ValueError(
-                    f"`data.{ours}_column` {theirs!r} has {empty} empty cells in the {split} split; fill them or leave "
-                    "their rows out"
+                    f"`data.{ours}_column` {theirs!r} has {empty} empty cells in the {split} split; fill them or "
+                    "remove these rows"
                 )
         kind = dataset.features[text].dtype
         if kind not in ("string", "large_string"):

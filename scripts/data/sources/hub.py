@@ -1,4 +1,4 @@
-"""A dataset of the Hugging Face Hub, by its name. Needs the network the first time."""
+"""A dataset of the Hugging Face Hub by name. Needs the network the first time."""
 
 import dataclasses
 
@@ -21,9 +21,9 @@ class Options(TableOptions):
 
     Args:
         dataset: the name on the Hub, such as `ag_news`, or a local dataset folder.
-        config: the dataset's configuration, if it has several.
-        revision: a tag or commit, so that the run can be repeated.
-        train, validation, test: names of its splits; one left empty is held out from train.
+        config: the dataset's configuration, if there are several.
+        revision: a tag or commit, for reproducible runs.
+        train, validation, test: names of the dataset's splits; an empty one is held out from `train`.
     """
 
     source: str
@@ -36,7 +36,7 @@ class Options(TableOptions):
 
 
 def load(options: Options) -> DatasetDict:
-    """Fetch the dataset, or find it in the cache."""
+    """Download the dataset, or read it from the cache."""
     source = {"path": options.dataset, "name": options.config, "revision": options.revision}
     found = load_dataset(**source, streaming=options.streaming)
     splits = {}
