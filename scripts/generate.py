@@ -45,14 +45,9 @@ def generate(options: argparse.Namespace) -> dict:
     if unknown:
         print(f"{unknown} tokens of the prompt are not in the vocabulary; the model reads <unk>", file=sys.stderr)
     prompt = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), prompt], dim=1).to(device)
-    sampling = {"do_sample": False}
+    sampling = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
-        sampling = {
-            "do_sample": True,
-            "temperature": options.temperature,
-            "top_k": options.top_k,
-            "top_p": options.top_p,
-        }
+        sampling |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     never = [index for index in (tokenizer.unk_token_id, tokenizer.pad_token_id) if index is not None]
     set_seed(options.seed)
     started = time.monotonic()

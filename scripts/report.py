@@ -29,7 +29,7 @@ from scripts.results.plots import plot_curves, plot_gates
 from scripts.results.tables import Run, Table, markdown, read_tables, slug
 from scripts.sharing.card import gate_rows, head_of
 from scripts.training.checkpoints import load_model
-from scripts.training.recipe import read_recipe
+from scripts.training.recipe import parse_file, read_recipe
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,8 +88,8 @@ def make(run: Run, folder: Path, results: Path) -> None:
 
 def read_results(folder: Path) -> dict[str, dict[str, Any]]:
     """By [`Run.name`], what is kept of each run: `result`, `curve` and `gates`."""
-    lines = (line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines())
-    return {kept.pop("name"): kept for kept in map(json.loads, lines)}
+    files = [parse_file(path, lambda text: [*map(json.loads, text.splitlines())]) for path in folder.glob("*.jsonl")]
+    return {kept.pop("name"): kept for lines in files for kept in lines}
 
 
 def kept_of(final: Path) -> dict[str, Any]:

@@ -202,12 +202,7 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the stream after the last batch, made of numbers, lists and dicts only."""
-        return {
-            "epoch": self.epoch,
-            "batches": self.batches,
-            "workers": self.workers,
-            "next_worker": self.next_worker,
-        }
+        return {name: getattr(self, name) for name in ("epoch", "batches", "workers", "next_worker")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume after the last batch of another loader with the same number of workers."""

@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile, schedule
+from torch.profiler import profile, schedule
 from transformers import TrainerCallback
 
 
@@ -33,12 +33,8 @@ class ProfileCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            device = [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-            self.profiler = profile(
-                activities=[ProfilerActivity.CPU, *device],
-                schedule=schedule(wait=SKIPPED, warmup=WARM_UP, active=self.steps, repeat=1),
-                on_trace_ready=self.write,
-            )
+            steps = schedule(wait=SKIPPED, warmup=WARM_UP, active=self.steps, repeat=1)
+            self.profiler = profile(schedule=steps, on_trace_ready=self.write)
             self.profiler.start()
 
     def on_step_end(self, args, state, control, **kwargs):

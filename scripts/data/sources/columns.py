@@ -49,14 +49,18 @@ def require_rows(splits: DatasetDict) -> None:
             )
 
 
+def require_column(kind: str, column: str, split: str, columns: list[str]) -> None:
+    """Refuse a `data.text_column` or `data.label_column` that a split does not have."""
+    if column not in columns:
+        raise ValueError(
+            f"`data.{kind}_column` is {column!r}, but the {split} split has the columns {', '.join(columns)}"
+            f"{nearest(column, columns)}"
+        )
+
+
 def select_stream_columns(stream: IterableDataset, *, text: str) -> IterableDataset:
     """Keep the column `data.text_column`, as `text`; its cells are checked when they are read."""
-    names = stream.column_names or list(next(iter(stream), {text: None}))
-    if text not in names:
-        raise ValueError(
-            f"`data.text_column` is {text!r}, but the train split has the columns {', '.join(names)}"
-            f"{nearest(text, names)}"
-        )
+    require_column("text", text, "train", stream.column_names or list(next(iter(stream), {text: None})))
     stream = stream.select_columns([text])
     return stream if text == "text" else stream.rename_column(text, "text")
 
@@ -66,11 +70,7 @@ def select_columns(splits: DatasetDict, *, text: str, label: str | None) -> Data
     wanted = {"text": text} if label is None else {"text": text, "label": label}
     for split, dataset in splits.items():
         for ours, theirs in wanted.items():
-            if theirs not in dataset.column_names:
-                raise ValueError(
-                    f"`data.{ours}_column` is {theirs!r}, but the {split} split has the columns "
-                    f"{', '.join(dataset.column_names)}{nearest(theirs, dataset.column_names)}"
-                )
+            require_column(ours, theirs, split, dataset.column_names)
             empty = dataset.data.column(theirs).null_count
             if empty:
                 raise ValueError(
