@@ -22,7 +22,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig
 
-from modeling_rtransformer import RTransformerConfig
+from modeling_rtransformer import CONFIGS
 from scripts import train
 from scripts.results.parameter_matching import count_parameters, match, read_baselines
 from scripts.results.plots import plot_curves, plot_gates
@@ -103,7 +103,7 @@ def kept_of(final: Path) -> dict[str, Any]:
 def gates_of(final: Path) -> list[dict[str, Any]]:
     """Gates and eigenvalues of the REM heads of a saved model; empty for a model without REM heads."""
     config = AutoConfig.from_pretrained(final)
-    if type(config) is not RTransformerConfig or config.rem_kinds is None:
+    if type(config) not in CONFIGS or config.rem_kinds is None:
         return []
     return gate_rows(load_model(getattr(transformers, head_of(config).auto_class), final))
 

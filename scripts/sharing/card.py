@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_rtransformer import model_classes
 from scripts.data.sources import SOURCES
 from scripts.metrics import METRIC_FUNCTIONS
 from scripts.training.recipe import Recipe
@@ -46,12 +47,11 @@ EXAMPLES = {"stdlib_code": "def read_file(path):"}  # a prompt that suits the da
 
 def head_of(config) -> Head:
     """The head that the checkpoint was saved with; a ValueError if its config does not name exactly one."""
-    heads = {head.auto_class.replace("AutoModel", "RTransformer"): head for head in HEADS}
-    heads["RTransformerModel"] = heads.pop("RTransformer")
+    auto_classes = {model_class.__name__: name for name, model_class in model_classes(type(config)).items()}
     names = config.architectures or []
-    if len(names) != 1 or names[0] not in heads:
-        raise ValueError(f"`architectures` of config.json must be one of {', '.join(heads)}, got {names}")
-    return heads[names[0]]
+    if len(names) != 1 or names[0] not in auto_classes:
+        raise ValueError(f"`architectures` of config.json must be one of {', '.join(auto_classes)}, got {names}")
+    return next(head for head in HEADS if head.auto_class == auto_classes[names[0]])
 
 
 def own_metrics(split: Mapping[str, float]) -> dict[str, float]:

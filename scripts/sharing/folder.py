@@ -21,7 +21,7 @@ import transformers
 from huggingface_hub import get_token
 from transformers import AutoConfig, AutoTokenizer
 
-from modeling_rtransformer import RTransformerConfig
+from modeling_rtransformer import CONFIGS
 from modeling_rtransformer.hub_files import HUB_FILES, PICKLES, TOKENIZER_FILES, WEIGHT_FILES
 from scripts.results.plots import plot_curve, plot_gates
 from scripts.sharing.card import gate_rows, head_of, render
@@ -47,8 +47,9 @@ def write_folder(checkpoint: Path, folder: Path, repo_id: str, license: str = "a
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} must be a new or empty folder")
     config = AutoConfig.from_pretrained(checkpoint)
-    if not isinstance(config, RTransformerConfig):
-        raise ValueError(f"{checkpoint} must hold a model of type 'rtransformer', got {config.model_type!r}")
+    if type(config) not in CONFIGS:
+        known = " or ".join(repr(config_class.model_type) for config_class in CONFIGS)
+        raise ValueError(f"{checkpoint} must hold a model of type {known}, got {config.model_type!r}")
     if not list(checkpoint.glob("model*.safetensors")):
         found = ", ".join(path.name for pattern in PICKLES for path in checkpoint.glob(pattern))
         raise ValueError(

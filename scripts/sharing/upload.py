@@ -21,9 +21,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from modeling_rtransformer import CONFIGS
+
 
 TRIES, FIRST_WAIT = 3, 1.0  # seconds, doubled each time
-MODEL_TYPE = "rtransformer"
+MODEL_TYPES = {config_class.model_type for config_class in CONFIGS}
 # huggingface_hub 1 uses httpx, 2 uses httpx2; its own error is derived from that library's.
 HTTP_ERROR = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
@@ -120,8 +122,8 @@ def ensure_repository(api: HfApi, where: dict[str, str], owners: list[str], priv
     if found is not None:
         if private and not found.private:
             raise PushError(f"{repo_id} exists and is public; make it private in its settings, or leave --private out")
-        model_type = (getattr(found, "config", None) or {}).get("model_type", MODEL_TYPE)
-        if model_type != MODEL_TYPE and not create_pr:
+        model_type = (getattr(found, "config", None) or {}).get("model_type")
+        if model_type not in (None, *MODEL_TYPES) and not create_pr:
             raise PushError(
                 f"{repo_id} exists and holds a model of type {model_type!r}, which this push would replace; choose "
                 "another name, or propose the change with --create-pr"
