@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file
 
 import modeling_rtransformer
-from modeling_rtransformer import RTransformerForCausalLM, RTransformerForSequenceClassification
+from modeling_rtransformer import RTransformerForCausalLM, RTransformerForSequenceClassification, model_classes
 from modeling_rtransformer.hub_files import HUB_FILES, PICKLES, HubFilesCallback
 from scripts import push_to_hub, train
 from scripts.metrics import SHARED
@@ -129,6 +129,13 @@ def test_what_was_not_measured_is_not_written(hub, tmp_path):
     card = ModelCard(hub.files("someone/unmeasured")["README.md"].decode())
     assert card.data.eval_results is None and "No measured results come with this checkpoint." in card.text
     assert "AutoModelForSequenceClassification" in card.text and "LABEL_0, LABEL_1, LABEL_2" in card.text
+
+
+def test_a_forecaster_is_pushed_again_to_its_own_repository(hub, tmp_path):
+    config = tiny_config(num_input_features=3, prediction_length=2)
+    model_classes(type(config))["AutoModelForTimeSeriesPrediction"](config).save_pretrained(tmp_path / "model")
+    assert run(tmp_path / "model", "someone/series")["changed"]
+    assert not run(tmp_path / "model", "someone/series")["changed"]
 
 
 def test_a_dry_run_sends_nothing(hub, checkpoint, tmp_path, capsys):
