@@ -1,14 +1,14 @@
 """
-Measure how fast the LocalRNN, the REM and the models are, each as a ratio to something else in the same run.
+Measure the speed and memory of the LocalRNN, the REM and whole models, each as a ratio to a reference in the same run.
 
     python -m scripts.benchmark                             # everything, on the GPU if there is one
-    python -m scripts.benchmark --only "LocalRNN gru"       # the rows whose name has these words
-    python -m scripts.benchmark --resume                    # go on with a run that was cut short
-    python -m scripts.benchmark --compare HEAD~3            # the same rows, with the package as it was then
+    python -m scripts.benchmark --only "LocalRNN gru"       # the rows whose name contains this text
+    python -m scripts.benchmark --resume                    # continue an interrupted run
+    python -m scripts.benchmark --compare HEAD~3            # also with the package of that commit
 
-Times are medians of calls by turns, peak memory is what one call adds in a fresh process. Rows are written to
-results.json in the output folder (runs/benchmark-<device>) as they are done, with machine and versions; at the end come
-table.md and length.png, time and memory against the length. Progress goes to stderr, the table to stdout.
+Times are medians of alternating calls; peak memory is what one call allocates in a fresh process. Each finished row is
+written to results.json in the output folder (runs/benchmark-<device>), with machine and versions. At the end table.md
+and length.png (time and memory by sequence length) are written. Progress goes to stderr, the table to stdout.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from scripts.benchmarks import attention, local_rnn, models
 from scripts.benchmarks.measuring import Case, measure, roofline
@@ -29,12 +30,12 @@ from scripts.results.provenance import commit, machine, versions
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--only", metavar="WORDS", help="only the rows whose name has these words")
-    parser.add_argument("--repeats", type=int, default=5, help="calls of each function; 5")
+    parser.add_argument("--only", metavar="WORDS", help="only the rows whose name contains this text")
+    parser.add_argument("--repeats", type=int, default=5, help="calls of each function, 5 by default")
     parser.add_argument("--output-dir", type=Path, help="where the results go; runs/benchmark-<device> if left out")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
-    parser.add_argument("--compare", metavar="REV", help="measure the package of another commit as well")
-    parser.add_argument("--small", action="store_true", help="tiny sizes, to try out the script; no figures")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of results.json")
+    parser.add_argument("--compare", metavar="REV", help="also measure the package of another commit")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, to test the script")
     parsed = parser.parse_args(arguments)
     if parsed.repeats < 1:
         parser.error(f"--repeats must be at least 1, got {parsed.repeats}")
@@ -49,21 +50,21 @@ def all_cases(device_type: str, only: str | None) -> list[Case]:
     chosen = [case for case in found if only is None or only in case.key]
     if not chosen:
         names = "\n  ".join(case.key for case in found)
-        raise SystemExit(f"--only {only!r}: no row has these words. The rows are\n  {names}")
+        raise SystemExit(f"--only {only!r}: no row contains this text. The rows are\n  {names}")
     return chosen
 
 
 def load_rows(path: Path, resume: bool) -> dict[str, dict]:
-    """The rows of an earlier run, by name, if they are to be kept."""
+    """The rows of an interrupted run by name; empty without `resume`."""
     if not path.exists():
         return {}
     if not resume:
-        raise SystemExit(f"{path} is there already: --resume goes on with it, --output-dir writes elsewhere")
+        raise SystemExit(f"{path} exists: add --resume to continue that run, or name another --output-dir")
     return {row["key"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Whole or not at all."""
+    """Write the file completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -96,11 +97,7 @@ def table(rows: list[dict]) -> str:
 
 
 def plot_lengths(rows: list[dict], path: Path) -> None:
-    """Time and memory of RSA, fused attention and the dense form against the length, if matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
+    """Plot time and memory of RSA, fused attention and the dense form against the length."""
     lines: dict[str, dict] = {}
     for row in rows:
         if set(row["sizes"]) != {"L"}:
@@ -141,7 +138,7 @@ def run(arguments: argparse.Namespace) -> list[dict]:
 
 
 def run_with_package_of(revision: str, arguments: argparse.Namespace) -> list[dict]:
-    """The same rows, measured by this script with `modeling_rtransformer/` of another commit."""
+    """The same rows, measured by these scripts with `modeling_rtransformer/` of another commit."""
     root = Path(__file__).resolve().parent.parent
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(
@@ -160,7 +157,7 @@ def run_with_package_of(revision: str, arguments: argparse.Namespace) -> list[di
 
 
 def comparison(rows: list[dict], earlier: list[dict], revision: str) -> str:
-    """Ratio now and then, row by row."""
+    """The ratios of both commits, row by row."""
     then = {row["key"]: row["ratio"] for row in earlier}
     lines = [f"| what | against | now | {revision} |", "|---|---|---|---|"]
     for row in rows:

@@ -1,11 +1,10 @@
 """
 Convert a checkpoint of the original R-Transformer code, or a recurrent network, into a model that `from_pretrained`
-loads; or measure what a recurrent network loses by it.
+loads.
 
     python -m scripts.convert original-checkpoint model.pt converted/ --num-attention-heads 8 --local-window 7
     python -m scripts.convert rnn rnn.safetensors converted/ --nonlinearity none
     python -m scripts.convert rnn rnn.safetensors converted/ --inputs inputs.safetensors
-    python -m scripts.convert measure-rnn --units 48 --epochs 150 --seed 1
 
 Each sub-command has its own --help. The last line of stdout is one JSON object with the result.
 """
@@ -18,7 +17,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from scripts.conversion import measure, original_checkpoint, rnn_to_rsa
+from scripts.conversion import original_checkpoint, rnn_to_rsa
 
 
 def convert_original_checkpoint(options: argparse.Namespace) -> tuple[PreTrainedModel, dict]:
@@ -43,7 +42,7 @@ def convert_rnn(options: argparse.Namespace) -> tuple[PreTrainedModel, dict]:
 
 
 def parse_arguments(arguments: list[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
-    """The arguments, and the parser of the sub-command, which reports what is wrong with them."""
+    """The parser of the sub-command, which reports wrong arguments, and the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -70,36 +69,31 @@ def parse_arguments(arguments: list[str] | None) -> tuple[argparse.ArgumentParse
     rnn.add_argument("output_dir", type=Path, help="folder for the model, new or empty")
     rnn.add_argument("--nonlinearity", choices=("tanh", "none"), default="tanh")
     rnn.add_argument("--inputs", type=Path, help="safetensors file with `inputs`, to fit a tanh RNN's linear part on")
-    rnn.add_argument("--gate", type=float, default=0.5, help="share of the REM in its heads; the model is the same")
-    rnn.add_argument("--perturbation", type=float, default=0.0, help="relative size of noise; makes it approximate")
-    rnn.add_argument("--largest", type=float, help="size that larger eigenvalues are brought down to; approximate too")
+    rnn.add_argument(
+        "--gate", type=float, default=0.5, help="share of the REM in its heads; any value gives the same outputs"
+    )
+    rnn.add_argument(
+        "--perturbation", type=float, default=0.0, help="relative size of noise on the matrix; approximate"
+    )
+    rnn.add_argument("--largest", type=float, help="scale larger eigenvalues down to this size; approximate")
     rnn.set_defaults(convert=convert_rnn)
-
-    loss = command("measure-rnn", measure)
-    loss.add_argument("--units", type=int, default=32)
-    loss.add_argument("--epochs", type=int, default=100, help="for the RNN")
-    loss.add_argument("--more-epochs", type=int, default=10, help="for the converted model and its untrained twin")
-    loss.add_argument("--seed", type=int, default=0)
 
     options = parser.parse_args(arguments)
     return options.parser, options
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    """Convert or measure; the result."""
+    """Convert; the result."""
     parser, options = parse_arguments(arguments)
-    if options.command == "measure-rnn":
-        result = measure.measure(options.units, options.epochs, options.more_epochs, options.seed)
-    else:
-        folder = options.output_dir
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            parser.error(f"output_dir must be a new or empty folder, got {folder}")
-        try:
-            model, found = options.convert(options)
-        except (ValueError, OSError) as problem:
-            parser.error(str(problem))
-        model.save_pretrained(folder)
-        result = {"output_dir": str(folder), "parameters": model.num_parameters(), **found}
+    folder = options.output_dir
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        parser.error(f"output_dir must be a new or empty folder, got {folder}")
+    try:
+        model, found = options.convert(options)
+    except (ValueError, OSError) as problem:
+        parser.error(str(problem))
+    model.save_pretrained(folder)
+    result = {"output_dir": str(folder), "parameters": model.num_parameters(), **found}
     print(json.dumps(result))
     return result
 

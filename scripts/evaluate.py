@@ -4,9 +4,9 @@ Score a trained model on a split of its recipe's data.
     python -m scripts.evaluate runs/stdlib-code/final
     python -m scripts.evaluate runs/stdlib-code/final --split validation --set task.eval_window=512
 
-CHECKPOINT is the final/ of a run, or any model with the recipe's training.toml beside it. The split has to be there as
-it was in training: the same files, the same Python for stdlib-code. Progress goes to stderr. The last line of stdout is
-one JSON object with the metrics.
+CHECKPOINT is the final/ of a run, or any saved model with the recipe's training.toml in its folder. The split must be
+available as in training: the same files, or the same Python for stdlib-code. Progress goes to stderr. The last line of
+stdout is one JSON object with the metrics.
 """
 
 import argparse
@@ -38,14 +38,14 @@ def main(arguments: list[str] | None = None) -> dict:
     try:
         recipe = read_recipe(options.checkpoint.resolve(), options.overrides)
         if options.split == "train" and getattr(recipe.data, "streaming", False):
-            raise ValueError("`--split train` is a stream, without end; score another, or --set data.streaming=false")
+            raise ValueError("`--split train` is an endless stream; score another split, or --set data.streaming=false")
         has_tokenizer = (options.checkpoint / "tokenizer_config.json").is_file()
         tokenizer = AutoTokenizer.from_pretrained(options.checkpoint) if has_tokenizer else None
         prepared = recipe.prepare(tokenizer=tokenizer, splits=(options.split,))
         model = load_model(prepared.auto_class, options.checkpoint)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    with tempfile.TemporaryDirectory() as folder:  # Trainer wants one; nothing is written to it
+    with tempfile.TemporaryDirectory() as folder:  # required by Trainer; nothing is written to it
         kept = ("per_device_eval_batch_size", "use_cpu", "bf16", "bf16_full_eval", "dataloader_num_workers")
         settings = {name: value for name, value in recipe.training.items() if name in kept}
         trainer = make_trainer(model, TrainingArguments(output_dir=folder, **settings), prepared)

@@ -1,10 +1,10 @@
 """
-Write text with a trained language model.
+Generate text with a trained language model.
 
     python -m scripts.generate runs/stdlib-code/final --prompt "def read_file(path):"
     python -m scripts.generate runs/stdlib-code/final --prompt "class " --temperature 0.9 --seed 3 --max-new-tokens 800
 
-CHECKPOINT is the final/ of a run, or the name of a model on the Hub. The prompt opens a new document. The text goes to
+CHECKPOINT is the final/ of a run, or the name of a model on the Hub. The prompt begins a new document. The text goes to
 stdout; its last line is one JSON object with the prompt, the completion and the settings.
 """
 
@@ -25,11 +25,11 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="the folder of a saved language model, or its name on the Hub")
     parser.add_argument("--prompt", required=True, help="the beginning of the text")
     parser.add_argument("--max-new-tokens", type=int, default=400)
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time")
-    parser.add_argument("--top-k", type=int, default=0, help="draw from the k likeliest tokens only; 0 for all")
-    # Below 1, a small model of source code never gets out of a run of blanks: one more is always likely enough alone.
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 for greedy decoding")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0 for all")
+    # Below 1, a small model of source code never ends a run of spaces: one more space alone has that probability.
     parser.add_argument(
-        "--top-p", type=float, default=1.0, help="draw from the likeliest tokens of this joint probability"
+        "--top-p", type=float, default=1.0, help="sample from the most probable tokens of this total probability"
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
@@ -45,14 +45,9 @@ def generate(options: argparse.Namespace) -> dict:
     if unknown:
         print(f"{unknown} tokens of the prompt are not in the vocabulary; the model reads <unk>", file=sys.stderr)
     prompt = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), prompt], dim=1).to(device)
-    sampling = {"do_sample": False}
+    sampling = {"do_sample": options.temperature > 0}
     if options.temperature > 0:
-        sampling = {
-            "do_sample": True,
-            "temperature": options.temperature,
-            "top_k": options.top_k,
-            "top_p": options.top_p,
-        }
+        sampling |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     never = [index for index in (tokenizer.unk_token_id, tokenizer.pad_token_id) if index is not None]
     set_seed(options.seed)
     started = time.monotonic()

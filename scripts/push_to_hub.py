@@ -6,12 +6,12 @@ Push a trained model to the Hugging Face Hub, with its code, card and results.
     python -m scripts.push_to_hub runs/stdlib-code/final someone/stdlib-code --create-pr --message "Trained for longer"
     python -m scripts.push_to_hub scripts/metrics/bits_per_character someone/bits_per_character
 
-CHECKPOINT is the final/ of a run or any saved model of this package. What is pushed is one commit: the weights as they
-lie there, the package's code, the tokenizer, the recipe, the results and the card (hub_card.md filled in). --dry-run
-writes it into a folder and sends nothing. Log in first (`hf auth login`, or HF_TOKEN).
+CHECKPOINT is the final/ of a run or any saved model of this package. The push is one commit with the weights as saved,
+the package's code, the tokenizer, the recipe, the results and the card (hub_card.md filled in). --dry-run writes these
+files into a folder and sends nothing. Log in first (`hf auth login`, or HF_TOKEN).
 
-A folder of scripts/metrics/ goes to a Space, which is where `evaluate.load("someone/bits_per_character")` looks. Its
-name on the Hub has to be that of the folder.
+A folder of scripts/metrics/ is pushed to a Space, where `evaluate.load("someone/bits_per_character")` looks for it. Its
+name on the Hub must be the name of the folder.
 
 The last line of stdout is one JSON object with the repository, the commit and the files.
 """
@@ -32,7 +32,7 @@ from scripts.sharing.folder import write_folder
 from scripts.sharing.upload import PushError, upload_folder
 
 
-# What an older push, or Trainer's own, may have left there and this one does not have.
+# Files that an older push, or one by Trainer, may have left in the repository; deleted if this push lacks them.
 REPLACED = (*(pattern for pattern in HUB_FILES if pattern != "README.md"), *PICKLES, ".gitignore")
 
 
@@ -40,17 +40,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path, help="the folder of a saved model, or of a metric")
     parser.add_argument("repo_id", help="name on the Hub, with or without the owner before it")
-    parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write what would be pushed there, and stop")
-    parser.add_argument("--private", action="store_true", help="if the repository is new, only you can see it")
-    parser.add_argument("--revision", help="the branch; main if left out")
-    parser.add_argument("--create-pr", action="store_true", help="propose the commit to a repository that is there")
+    parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write the files there and push nothing")
+    parser.add_argument("--private", action="store_true", help="make a new repository private")
+    parser.add_argument("--revision", help="the branch; main by default")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request to an existing repository")
     parser.add_argument("--message", default="Upload the model with its code, card and results")
     parser.add_argument("--license", default="apache-2.0", help="of the code and the weights, as the Hub spells it")
     return parser.parse_args(arguments)
 
 
 def write_metric(metric: Path, folder: Path, repo_id: str, license: str) -> list[str]:
-    """Write the Space of a metric: the module, what it needs, and its card."""
+    """Write the files of a metric's Space: the module, its requirements and its card."""
     name = metric.name
     if repo_id.split("/")[-1] != name:
         raise ValueError(
@@ -58,17 +58,13 @@ def write_metric(metric: Path, folder: Path, repo_id: str, license: str) -> list
         )
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(metric / f"{name}.py", folder / f"{name}.py")
-    module = ast.parse((metric / f"{name}.py").read_text(encoding="utf-8"))
-    needed = {"sklearn": "scikit-learn", "evaluate": "evaluate", "datasets": "datasets"}
-    imported = {alias.name for node in module.body if isinstance(node, ast.Import) for alias in node.names}
-    imported |= {node.module.split(".")[0] for node in module.body if isinstance(node, ast.ImportFrom)}
-    libraries = sorted(needed[library] for library in imported if library in needed)
-    (folder / "requirements.txt").write_text("\n".join(libraries) + "\n", encoding="utf-8")
+    (folder / "requirements.txt").write_text("datasets\nevaluate\n", encoding="utf-8")
+    description = ast.get_docstring(ast.parse((metric / f"{name}.py").read_text(encoding="utf-8")))
     data = SpaceCardData(title=name, sdk="static", license=license, tags=["evaluate", "metric"])
     text = (
-        f"---\n{data.to_yaml()}\n---\n\n# {name.replace('_', ' ')}\n\n{ast.get_docstring(module)}\n\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {name.replace('_', ' ')}\n\n{description}\n\n"
         f"```python\nimport evaluate\n\nmetric = evaluate.load({json.dumps(repo_id)})\n```\n\n"
-        f"Needs {', '.join(libraries)}.\n"
+        "Needs datasets and evaluate.\n"
     )
     RepoCard(text).save(folder / "README.md")
     return sorted(path.name for path in folder.iterdir())
@@ -88,7 +84,7 @@ def push(
 
     Raises:
         ValueError, OSError: the checkpoint cannot be pushed as it is.
-        PushError: the Hub did not take it.
+        PushError: the push failed.
     """
     validate_repo_id(repo_id)
     is_metric = (checkpoint / f"{checkpoint.resolve().name}.py").is_file() and not (checkpoint / "config.json").exists()

@@ -1,13 +1,14 @@
 """
 Make the tables of docs/RESULTS.md.
 
-    python -m scripts.report                                  # write them from the results that are there
-    python -m scripts.report --run cpu                        # first make every run of the suite that has no result
+    python -m scripts.report                                  # write them from the existing results
+    python -m scripts.report --run cpu                        # first run what the suite has no result of
     python -m scripts.report --run cpu --only etth1 nottingham/lstm
 
-configuration/tables.toml says which runs there are. A run goes to runs/report/, where it can be interrupted: the same
-command goes on with it. What it gave is kept in docs/results/, one JSON file a run: the result, the learning curve and,
-for RSA heads, the gates and eigenvalues. Baselines get as many parameters as the recipe's model and the same budget.
+configuration/tables.toml lists the runs. A run is trained in runs/report/; after an interruption the same command
+resumes it. Its outcome is added to docs/results/TABLE.jsonl as soon as it has finished, one line a run: its name, the
+result, the learning curve and, for RSA heads, the gates and eigenvalues. Baselines get as many parameters as the
+recipe's model and the same budget.
 """
 
 import argparse
@@ -21,30 +22,31 @@ from typing import Any
 import transformers
 from transformers import AutoConfig
 
-from modeling_rtransformer import RTransformerConfig
+from modeling_rtransformer import CONFIGS
 from scripts import train
 from scripts.results.parameter_matching import count_parameters, match, read_baselines
 from scripts.results.plots import plot_curves, plot_gates
 from scripts.results.tables import Run, Table, markdown, read_tables, slug
 from scripts.sharing.card import gate_rows, head_of
 from scripts.training.checkpoints import load_model
-from scripts.training.recipe import read_recipe
+from scripts.training.recipe import parse_file, read_recipe
 
 
 ROOT = Path(__file__).resolve().parent.parent
 LOSSES = 200
 HEADER = """# Results
 
-Made by `python -m scripts.report` from `docs/results/`, where the file of each run has its settings, its curve and the
-gates that were learned; `make reproduce-cpu` repeats the runs that a CPU can make, `make reproduce-gpu` the others. The
-model of each run was chosen on the validation split and scored once on the test split. Baselines have the parameters of
-the recipe's own model, within 2 %, and its budget of time. Rows in plain type are what others report.
+Made by `python -m scripts.report` from `docs/results/`, where the file of each table has a line for each run with its
+settings, its curve and the gates that were learned; `make reproduce-cpu` repeats the runs that a CPU can make, `make
+reproduce-gpu` the others. The model of each run was chosen on the validation split and scored once on the test split.
+Baselines have the parameters of the recipe's own model, within 2 %, and its budget of time. Rows in plain type are what
+others report.
 """
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", metavar="SUITE", help="make the runs of this suite that have no result yet")
+    parser.add_argument("--run", metavar="SUITE", help="train the runs of this suite that have no result yet")
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", default=[], help="runs whose name begins so: table/row/..."
     )
@@ -55,7 +57,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def overrides_of(run: Run) -> list[str]:
-    """The `--set` overrides of a run; a baseline has the width that gives it the parameters of the recipe's model."""
+    """The `--set` overrides of a run; a baseline gets the width that matches the parameters of the recipe's model."""
     if run.row.baseline is None:
         return [*run.shared, *run.own]
     baselines = read_baselines(run.row.recipe)
@@ -71,20 +73,27 @@ def overrides_of(run: Run) -> list[str]:
     return list(found)
 
 
-def make(run: Run, folder: Path, kept: Path) -> None:
-    """Train, going on where it was, and keep what came out as `kept`."""
+def make(run: Run, folder: Path, results: Path) -> None:
+    """Train the run in `folder`, or resume it, and add its outcome to the file of its table in `results`."""
     if not (folder / "final" / "results.json").is_file():
         settings = [part for override in overrides_of(run) for part in ("--set", override)]
         train.main([run.row.recipe, "--output-dir", str(folder), "--resume", *settings])
-    content = kept_of(folder / "final")
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(".partial")
-    partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    partial.replace(kept)
+    line = json.dumps({"name": run.name, **kept_of(folder / "final")}) + "\n"
+    path = results / f"{run.table}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text((path.read_text(encoding="utf-8") if path.is_file() else "") + line, encoding="utf-8")
+    partial.replace(path)
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """By [`Run.name`], what is kept of each run: `result`, `curve` and `gates`."""
+    files = [parse_file(path, lambda text: [*map(json.loads, text.splitlines())]) for path in folder.glob("*.jsonl")]
+    return {kept.pop("name"): kept for lines in files for kept in lines}
 
 
 def kept_of(final: Path) -> dict[str, Any]:
-    """What is kept of a finished run; of the training losses at most `LOSSES`, evenly spread."""
+    """The result, curve and gates of a finished run; of the training losses at most `LOSSES`, evenly spread."""
     curve = json.loads((final / "curve.json").read_text(encoding="utf-8"))
     curve["training"] = curve["training"][:: -(-len(curve["training"]) // LOSSES) or 1]
     result = json.loads((final / "results.json").read_text(encoding="utf-8"))
@@ -92,34 +101,33 @@ def kept_of(final: Path) -> dict[str, Any]:
 
 
 def gates_of(final: Path) -> list[dict[str, Any]]:
-    """What the REM heads of a saved model have learned; empty for a model without any."""
+    """Gates and eigenvalues of the REM heads of a saved model; empty for a model without REM heads."""
     config = AutoConfig.from_pretrained(final)
-    if type(config) is not RTransformerConfig or config.rem_kinds is None:
+    if type(config) not in CONFIGS or config.rem_kinds is None:
         return []
     return gate_rows(load_model(getattr(transformers, head_of(config).auto_class), final))
 
 
 def draw(table: Table, found: Mapping[str, Mapping[str, Any]], folder: Path) -> list[tuple[str, str]]:
-    """The pictures of a table: curves of one column and its first seed, and the gates of its first RSA model."""
+    """Plot a table: learning curves of one column and the first seed, and the gates of the first RSA model."""
     pictures = []
     runs = [run for run in table.runs() if run.name in found and run.seed == run.row.seeds[0]]
     column = table.curves or next(iter(table.columns))
     curves = {run.row.name: found[run.name]["curve"] for run in runs if run.column == column}
     stem = slug(table.name)
-    if curves and plot_curves(curves, table.metrics[0], folder / f"{stem}.png"):
+    if curves:
+        plot_curves(curves, table.metrics[0], folder / f"{stem}.png")
         pictures.append((f"{table.title}: validation while training{', ' + column if column else ''}", f"{stem}.png"))
     gated = next((run for run in runs if found[run.name]["gates"]), None)
-    if gated is not None and plot_gates(found[gated.name]["gates"], folder / f"{stem}-gates.png"):
+    if gated is not None:
+        plot_gates(found[gated.name]["gates"], folder / f"{stem}-gates.png")
         pictures.append((f"{gated.row.name}: gates and eigenvalues that were learned", f"{stem}-gates.png"))
     return [(caption, f"{folder.name}/{name}") for caption, name in pictures]
 
 
 def write(tables: Mapping[str, Table], results: Path, output: Path) -> None:
-    """Write the report from the results that are there."""
-    found = {
-        str(path.relative_to(results).with_suffix("")).replace("\\", "/"): json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(results.rglob("*.json"))
-    }
+    """Write the report from the existing results."""
+    found = read_results(results)
     sections = []
     for table in tables.values():
         if any(run.name in found for run in table.runs()):
@@ -128,7 +136,7 @@ def write(tables: Mapping[str, Table], results: Path, output: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Path:
-    """Make what is asked for and write the report; its path."""
+    """Train the missing runs of a suite, if one is named, and write the report; its path."""
     options = parse_arguments(arguments)
     try:
         tables = read_tables()
@@ -138,11 +146,12 @@ def main(arguments: list[str] | None = None) -> Path:
                 raise ValueError(f"--run names the suite {options.run!r}; there are {', '.join(suites)}")
             runs = [run for table in tables.values() if table.suite == options.run for run in table.runs()]
             runs = [run for run in runs if not options.only or run.name.startswith(tuple(options.only))]
+            done = read_results(options.results)
             for place, run in enumerate(runs, 1):
-                kept = options.results / f"{run.name}.json"
-                print(f"{place} of {len(runs)}: {run.name}{' is there' if kept.is_file() else ''}", file=sys.stderr)
-                if not kept.is_file():
-                    make(run, options.runs / run.name, kept)
+                state = " has a result" if run.name in done else ""
+                print(f"{place} of {len(runs)}: {run.name}{state}", file=sys.stderr)
+                if run.name not in done:
+                    make(run, options.runs / run.name, options.results)
                     write(tables, options.results, options.output)
         write(tables, options.results, options.output)
     except (ValueError, OSError) as error:

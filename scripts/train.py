@@ -49,6 +49,7 @@ from scripts.training.interruptions import (
     restart_count,
 )
 from scripts.training.launch import attach, make_model, set_up, whole_model
+from scripts.training.profiling import ProfileCallback
 from scripts.training.recipe import Recipe, add_overrides, read_recipe
 from scripts.training.trainer import make_trainer, score
 
@@ -62,6 +63,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, help="where the run goes; runs/<recipe> if left out")
     add_overrides(parser)
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of the run")
+    parser.add_argument("--profile", type=int, metavar="STEPS", help="profile so many steps; writes profile.json")
     return parser.parse_args(arguments)
 
 
@@ -171,11 +173,12 @@ def main(arguments: list[str] | None = None) -> dict | None:
         make = functools.partial(prepared.auto_class.from_config, recipe.config(**prepared.config_values))
         model = make_model(make)
         require_room(output_dir, model, args, averaged)
+        profiling = [ProfileCallback(options.profile, output_dir)] if options.profile is not None else []
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     budget, watch = TimeBudget(recipe.budget.max_seconds, recipe.budget.clock), Watch(prepared.tokenizer)
     drops = EpochDrops(recipe.schedule.drop_every_epochs, recipe.schedule.drop_factor)
-    callbacks = [drops, budget, watch]
+    callbacks = [drops, budget, watch, *profiling]
     if averaged:
         callbacks.append(WeightAverage(recipe.averaging.decay))
     if recipe.budget.early_stopping_patience is not None:

@@ -90,7 +90,7 @@ def test_no_file_at_all_is_refused():
 
 def test_an_unknown_suffix_asks_for_the_format(tmp_path):
     (tmp_path / "data.dat").write_text("x")
-    with pytest.raises(ValueError, match="`data.format` is missing, and the suffix of '.*data.dat' does not tell"):
+    with pytest.raises(ValueError, match="`data.format` is missing, and the suffix of '.*data.dat' is unknown"):
         files.load(options(train=str(tmp_path / "data.dat")))
     assert files.load(options(train=str(write_text(tmp_path)), format="text"))["train"].num_rows == 1
 

@@ -200,7 +200,7 @@ def test_the_examples_of_every_card_run_as_printed(hub, bare_python, tmp_path):
 
 def test_a_pushed_metric_is_found_by_evaluate(hub, bare_python, tmp_path):
     pytest.importorskip("evaluate")
-    scores = {"perplexity": {"nll": [2.0], "count": [4]}, "accuracy": {"predictions": [1, 0], "references": [1, 1]}}
+    scores = {"perplexity": {"nll": [2.0], "count": [4]}, "string_accuracy": {"right": [True, False]}}
     for name in scores:
         push_to_hub.push(Path(push_to_hub.__file__).parent / "metrics" / name, f"someone/{name}")
     program = (
@@ -210,7 +210,7 @@ def test_a_pushed_metric_is_found_by_evaluate(hub, bare_python, tmp_path):
     )
     printed = elsewhere(bare_python, program, json.dumps(scores), cwd=tmp_path, HF_ENDPOINT=hub.url).splitlines()
     assert json.loads(printed[-2])["perplexity"] == pytest.approx(2.0 ** (0.5 / 0.6931471805599453))
-    assert json.loads(printed[-1]) == {"accuracy": 0.5}
+    assert json.loads(printed[-1]) == {"string_accuracy": 0.5}
 
 
 def test_push_to_hub_of_the_model_itself_carries_the_code_too(hub, bare_python, tmp_path):

@@ -12,9 +12,10 @@ from huggingface_hub import HfApi, ModelCard, constants
 from safetensors.torch import load_file
 
 import modeling_rtransformer
-from modeling_rtransformer import RTransformerForCausalLM, RTransformerForSequenceClassification
+from modeling_rtransformer import RTransformerForCausalLM, RTransformerForSequenceClassification, model_classes
 from modeling_rtransformer.hub_files import HUB_FILES, PICKLES, HubFilesCallback
 from scripts import push_to_hub, train
+from scripts.metrics import SHARED
 from scripts.sharing.upload import PushError
 from scripts.training.averaging import UNAVERAGED
 from tests.conftest import tiny_config
@@ -128,6 +129,13 @@ def test_what_was_not_measured_is_not_written(hub, tmp_path):
     card = ModelCard(hub.files("someone/unmeasured")["README.md"].decode())
     assert card.data.eval_results is None and "No measured results come with this checkpoint." in card.text
     assert "AutoModelForSequenceClassification" in card.text and "LABEL_0, LABEL_1, LABEL_2" in card.text
+
+
+def test_a_forecaster_is_pushed_again_to_its_own_repository(hub, tmp_path):
+    config = tiny_config(num_input_features=3, prediction_length=2)
+    model_classes(type(config))["AutoModelForTimeSeriesPrediction"](config).save_pretrained(tmp_path / "model")
+    assert run(tmp_path / "model", "someone/series")["changed"]
+    assert not run(tmp_path / "model", "someone/series")["changed"]
 
 
 def test_a_dry_run_sends_nothing(hub, checkpoint, tmp_path, capsys):
@@ -308,7 +316,7 @@ def test_what_is_no_model_of_ours_is_refused(hub, tmp_path):
     with pytest.raises(SystemExit, match=r"has no model.safetensors \(found pytorch_model.bin\); save the model with"):
         run(tmp_path / "model", "someone/tiny")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "bert"}')
-    with pytest.raises(SystemExit, match="must hold a model of type 'rtransformer', got 'bert'"):
+    with pytest.raises(SystemExit, match="must hold a model of type 'rtransformer' or .*_forecaster', got 'bert'"):
         run(tmp_path / "model", "someone/tiny")
     with pytest.raises(SystemExit, match="Repo id must"):
         run(tmp_path / "model", "some one/tiny")
@@ -368,7 +376,7 @@ def test_the_callback_keeps_to_the_list(tmp_path):
     assert (tmp_path / "modeling_rtransformer.py").read_bytes() == (PACKAGE / "modeling_rtransformer.py").read_bytes()
 
 
-@pytest.mark.parametrize("name", ["accuracy", "bits_per_character", "f1", "mae", "mse", "nats_per_frame", "perplexity"])
+@pytest.mark.parametrize("name", SHARED)
 def test_a_metric_goes_to_a_space(hub, name):
     folder = Path(push_to_hub.__file__).parent / "metrics" / name
     result = run(folder, f"someone/{name}")

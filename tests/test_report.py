@@ -144,10 +144,10 @@ def test_runs_are_made_once_and_kept_with_curve_and_gates(tables, tmp_path, monk
     arguments += ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
     arguments += ["--output", str(tmp_path / "RESULTS.md")]
     report.main(arguments)
-    kept = {
-        name: json.loads((tmp_path / "results" / f"tiny/{name}/short/seed-1.json").read_text(encoding="utf-8"))
-        for name in ("rsa", "gru")
-    }
+    found = report.read_results(tmp_path / "results")
+    assert list(found) == ["tiny/rsa/short/seed-1", "tiny/gru/short/seed-1"]
+    kept = {name: found[f"tiny/{name}/short/seed-1"] for name in ("rsa", "gru")}
+    assert len((tmp_path / "results" / "tiny.jsonl").read_text(encoding="utf-8").splitlines()) == 2
     assert [row["head"] for row in kept["rsa"]["gates"]] == [0] and kept["gru"]["gates"] == []
     assert len(kept["rsa"]["curve"]["evaluation"]) == 2
     parameters = [content["result"]["parameters"] for content in kept.values()]
@@ -157,7 +157,7 @@ def test_runs_are_made_once_and_kept_with_curve_and_gates(tables, tmp_path, monk
     assert (tmp_path / "results" / "tiny.png").is_file() and "](results/tiny-gates.png)" in text
     monkeypatch.setattr(report, "make", None)  # nothing is left to make
     report.main(arguments)
-    assert "is there" in capsys.readouterr().err
+    assert "has a result" in capsys.readouterr().err
     assert (tmp_path / "RESULTS.md").read_text(encoding="utf-8") == text
 
 

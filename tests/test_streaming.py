@@ -298,7 +298,7 @@ def test_only_a_language_model_takes_a_stream(paths, tmp_path):
 
 def test_a_stream_cannot_be_scored(recipe, tmp_path):
     train.main([str(recipe), "--output-dir", str(tmp_path), "--set", "training.max_steps=1"])
-    with pytest.raises(SystemExit, match="`--split train` is a stream, without end; .*--set data.streaming=false"):
+    with pytest.raises(SystemExit, match="`--split train` is an endless stream; .*--set data.streaming=false"):
         evaluate.main([str(tmp_path / "final"), "--split", "train"])
     scored = evaluate.main([str(tmp_path / "final"), "--split", "train", "--set", "data.streaming=false"])
     assert scored["metrics"]["perplexity"] > 1

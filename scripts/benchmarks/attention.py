@@ -1,4 +1,4 @@
-"""RSA against the dense REM and softmax, and against fused attention alone, over the length."""
+"""RSA against the dense REM and softmax, and against fused attention alone, by sequence length."""
 
 from functools import partial
 
@@ -29,7 +29,7 @@ def attend_with_rsa(recurrence, query, key, value):
 
 
 def attend_dense(recurrence, query, key, value):
-    """The definition: softmax and every REM as matrices."""
+    """The definition of RSA: the softmax and every REM as dense matrices."""
     length = query.shape[2]
     hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
     scores = (query @ key.transpose(2, 3) * HEAD_DIM**-0.5).masked_fill(hidden, float("-inf"))
@@ -41,7 +41,7 @@ def run(function, wanted, grad):
 
 
 def build(kinds, lengths, device, small):
-    """Two of `"rsa"`, `"attention"` and `"dense"`, each with its length, forward and backward."""
+    """Forward and backward passes of two of `"rsa"`, `"attention"` and `"dense"`, each with its length."""
     functions = []
     for kind, length in zip(kinds, lengths):
         length = 70 if small else length
@@ -77,5 +77,5 @@ def cases(device_type: str) -> list[Case]:
         found.append(Case(name, "fused attention alone", alone, "memory", sizes=sizes))
     found.append(
         Case(label.format(16384), "the same at L4096", partial(build, ("rsa", "rsa"), (16384, 4096)), "memory", 4.4)
-    )  # four times as long: four times the memory, up to the tables
+    )  # four times the length needs four times the memory, and a little for tables
     return found

@@ -1,4 +1,4 @@
-"""The LocalRNN against windows unfolded into `torch.nn`'s RNN, as the authors compute it, and against its products."""
+"""The LocalRNN against its definition (unfolded windows in `torch.nn`'s RNN) and its matrix products alone."""
 
 # B batch, L length, D hidden size, K window, G gates
 
@@ -13,7 +13,7 @@ from scripts.benchmarks.measuring import Case
 
 
 TORCH_RNNS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
-# kind, B, L, D, K; targets of training on a CPU and on a GPU
+# kind, B, L, D, K; target speed-ups of training on a CPU and on a GPU
 SHAPES = [
     ("gru", 16, 400, 512, 7, 2.5, 3),
     ("gru", 32, 784, 32, 7, 2, 8),
@@ -23,7 +23,7 @@ SHAPES = [
 
 
 class UnfoldedLocalRNN(nn.Module):
-    """The same LocalRNN, with the same parameters, by the definition."""
+    """The definition of a LocalRNN, with the parameters of `local_rnn`."""
 
     def __init__(self, local_rnn: LocalRNN):
         super().__init__()
@@ -84,7 +84,7 @@ def cases(device_type: str) -> list[Case]:
         label = f"LocalRNN {kind} {shape}"
         rows, width = batch * length, NUM_GATES[kind] * size
         forward_flops = 2 * rows * size * width * window  # one input product and K - 1 recurrent ones
-        forward_bytes = 4 * rows * (2 * size + 2 * width)  # inputs and outputs, the projection written and read
+        forward_bytes = 4 * rows * (2 * size + 2 * width)  # inputs and outputs; the projection is written and read
         for training in (True, False):
             target = (on_gpu_target if on_gpu else on_cpu_target) if training else (5 if on_gpu else 2)
             found.append(

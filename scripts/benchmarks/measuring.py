@@ -1,4 +1,4 @@
-"""Two functions beside each other: time, by turns in one process, and peak memory, each in a process of its own."""
+"""Compare two functions: time by alternating calls in one process, peak memory in a process of its own for each."""
 
 import multiprocessing
 import resource
@@ -22,13 +22,13 @@ class Case:
     One row of the table.
 
     Args:
-        name, against: what is measured, and what it is measured against.
-        build: `(device, small)` to the two functions; `small` asks for sizes that take no time.
-        quantity: `"speed-up"`, their time by ours; `"time"`, our time by theirs; `"memory"`, our peak by theirs.
-        target: the ratio to reach, at least for a speed-up, at most for the others; None where there is none.
-        flops, bytes: what the task needs at the least, where the roofline is of interest.
-        tokens: positions a call, where tokens a second are of interest.
-        sizes: what the figures depend on, for plots.
+        name, against: the measured function and the reference.
+        build: `(device, small)` to the two functions; `small` asks for tiny sizes.
+        quantity: `"speed-up"`, their time over ours; `"time"`, our time over theirs; `"memory"`, our peak over theirs.
+        target: the ratio to reach, at least for a speed-up, at most for the others; None for no target.
+        flops, bytes: lower bounds of the arithmetic and the memory traffic, for a share of the roofline.
+        tokens: positions of a call, for tokens a second.
+        sizes: the sizes that the figures depend on, for plots.
     """
 
     name: str
@@ -60,15 +60,15 @@ def seconds(function: Function, device: torch.device) -> float:
 
 
 def alternate(ours: Function, theirs: Function, device: torch.device, repeats: int) -> tuple[list, list]:
-    """Seconds of `repeats` calls of each, by turns, so that a machine that changes its speed changes it for both."""
-    ours(), theirs()  # what is made at the first call does not count
+    """Seconds of `repeats` alternating calls of each, so that a change of the machine's speed affects both."""
+    ours(), theirs()  # warm-up: compilation and caches do not count
     pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(repeats)]
     return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def peak_resident() -> int:
-    """The most bytes that this process has had resident."""
-    try:  # the kernel's own count; getrusage begins with the peak of the process that started this one
+    """The peak resident memory of this process in bytes."""
+    try:  # getrusage would start with the peak of the parent process
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
@@ -79,7 +79,7 @@ def peak_resident() -> int:
 
 def _peak_memory(case: Case, side: int, device_name: str, small: bool) -> int:
     device = torch.device(device_name)
-    case.build(device, True)[side]()  # what libraries set up once
+    case.build(device, True)[side]()  # warm-up: memory that libraries allocate once
     function = case.build(device, small)[side]
     if device.type == "cuda":
         synchronize(device)
@@ -94,13 +94,13 @@ def _peak_memory(case: Case, side: int, device_name: str, small: bool) -> int:
 
 
 def peak_memory(case: Case, side: int, device: torch.device, small: bool) -> int:
-    """Bytes that one call takes on top of its inputs, at the most, in a fresh process."""
+    """Peak bytes that one call allocates beside its inputs, in a fresh process."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_peak_memory, (case, side, str(device), small))
 
 
 def roofline(device: torch.device, small: bool) -> dict[str, float]:
-    """What this machine reaches in float32, a second: `flops` of a large square product and `bytes` of a copy."""
+    """Measured limits of this machine a second in float32: `flops` of a large square product, `bytes` of a copy."""
     size = 256 if small else (2048 if device.type == "cpu" else 8192)
     left, right, result = (torch.randn(size, size, device=device) for _ in range(3))
     source = torch.randn(2**20 if small else 2**26, device=device)
@@ -111,7 +111,7 @@ def roofline(device: torch.device, small: bool) -> dict[str, float]:
 
 
 def measure(case: Case, device: torch.device, repeats: int, small: bool, limits: dict[str, float]) -> dict:
-    """The case's row: figures, ratio, and whether it reaches its target."""
+    """The row of a case: its figures, the ratio, and whether the ratio reaches the target."""
     row = {"name": case.name, "against": case.against, "quantity": case.quantity, "target": case.target}
     row |= {"sizes": case.sizes}
     if case.quantity == "memory":

@@ -1,4 +1,4 @@
-"""Whole models: a decoded token beside a Llama, and a training step beside the authors' computation."""
+"""Whole models: a decoded token against a Llama, and a training step against the authors' computation."""
 
 import tempfile
 from functools import partial
@@ -21,7 +21,7 @@ def decode_one(model, token, cache):
 
 
 def build_decoding(size, layers, context, device, small):
-    """A decoded token after `context` others, batch 1; the cache grows by one each call."""
+    """One decoded token after `context` others, batch 1; every call adds one token to the cache."""
     if small:
         size, layers, context = 16, 1, 12
     torch.manual_seed(0)
@@ -51,7 +51,7 @@ def train_one(trainer, batch):
 
 
 def unfold_local_rnns(model: RTransformerForCausalLM) -> None:
-    """Every LocalRNN computed as the authors do."""
+    """Replace every LocalRNN by its definition, as the authors compute it."""
     for module in model.modules():
         if isinstance(module, RTransformerLocalRNN):
             module.rnn = UnfoldedLocalRNN(module.rnn).to(module.rnn.input_proj.weight.device)
@@ -78,7 +78,7 @@ def build_training_step(device, small):
             model.set_attn_implementation("eager")
             unfold_local_rnns(model)
         settings = {"use_cpu": device.type == "cpu", "max_steps": 1, "learning_rate": 1e-4, "report_to": "none"}
-        trainer = Trainer(model, TrainingArguments(tempfile.gettempdir(), **settings))  # which writes nothing
+        trainer = Trainer(model, TrainingArguments(tempfile.gettempdir(), **settings))  # nothing is written to it
         trainer.create_optimizer()
         ids = torch.randint(50, (batch, length), device=device)
         functions.append(partial(train_one, trainer, {"input_ids": ids, "labels": ids}))

@@ -1,1 +1,1 @@
-"""Other models as R-Transformers and RSA heads."""
+"""Convert other models into R-Transformers and RSA heads."""

@@ -1,11 +1,11 @@
 """
-A checkpoint of the original R-Transformer code as a model that `from_pretrained` loads.
+Convert a checkpoint of the original R-Transformer code into a model that `from_pretrained` loads.
 
-Reads a PyTorch file (a state dict; with `weights_only=True`, so no code in it is run) or a safetensors file. Widths,
-numbers of blocks and of LocalRNNs, the RNN type, the vocabulary or the number of labels and the tying of embeddings are
-inferred from the parameters; heads and window leave no trace in them and must be said, and so must the task of a piano
-roll model (`--task token-classification`), whose parameters look like a classifier's. The parameters that the original
-forward pass never uses are left behind and listed.
+Reads a state dict from a PyTorch file (with `weights_only=True`, which runs no code of the file) or a safetensors file.
+The widths, the numbers of blocks and LocalRNNs, the RNN type, the vocabulary or the number of labels and the tying of
+embeddings are inferred from the parameters. The number of heads and the window cannot be inferred and must be given, as
+must the task of a piano roll model (`--task token-classification`), whose parameters have the names of a classifier's.
+Parameters that the original forward pass never uses are left out and listed.
 
 Source: the code published with Wang et al. 2019 (arXiv 1907.05572).
 """
@@ -32,7 +32,7 @@ TASKS = {
     "sequence-classification": RTransformerForSequenceClassification,
     "token-classification": RTransformerForTokenClassification,
 }
-# The original code makes these and never uses them in a forward pass.
+# The original code creates these parameters and never uses them in a forward pass.
 UNUSED = re.compile(r"rt\.norm\.|rt\.feed_forward\.|rt\.forward_net\.\d+\.layers\.\d+\.local_rnn\.output\.")
 BLOCK_NAMES = (
     (r"layers\.(\d+)\.connection\.norm", r"local_rnn_norms.\1"),
@@ -50,7 +50,7 @@ BLOCK_NAMES = (
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """The parameters in a safetensors or PyTorch file, without a `module.` or `state_dict.` before their names."""
+    """The parameters in a safetensors or PyTorch file, without the prefixes `module.` and `state_dict.`."""
     if not path.is_file():
         raise FileNotFoundError(f"the checkpoint must be a file, got {path}")
     if path.suffix == ".safetensors":
@@ -74,7 +74,7 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
 
 
 def infer_config(state: dict[str, torch.Tensor], task: str, **given) -> RTransformerConfig:
-    """The configuration that the shapes of the original parameters tell; `given` fields are taken as they are."""
+    """The configuration, inferred from the shapes of the original parameters; `given` fields are taken as they are."""
     blocks = {int(m[1]) for name in state if (m := re.match(r"rt\.forward_net\.(\d+)\.", name))}
     if not blocks or "encoder.weight" not in state:
         raise ValueError(
@@ -114,7 +114,7 @@ def infer_config(state: dict[str, torch.Tensor], task: str, **given) -> RTransfo
 
 
 def convert_names(state: dict[str, torch.Tensor], task: str) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The parameters under our names, and the unused ones' original names."""
+    """The parameters under the names of this package, and the original names of the unused ones."""
     converted, unused = {}, []
     for name, value in state.items():
         if UNUSED.match(name):
@@ -135,7 +135,7 @@ def convert_names(state: dict[str, torch.Tensor], task: str) -> tuple[dict[str, 
 
 
 def infer_task(state: dict[str, torch.Tensor]) -> str:
-    """A language model has a decoder; a classifier's and a frame labeller's parameters have the same names."""
+    """A language model has a decoder; the parameters of a classifier and of a frame labeller have the same names."""
     return "causal-lm" if "decoder.weight" in state else "sequence-classification"
 
 
@@ -152,7 +152,7 @@ def convert(
         The model, in evaluation mode, and the names of the parameters that the original never used.
 
     Raises:
-        ValueError: parameters that are missing, unknown or of another shape than the others tell.
+        ValueError: parameters are missing, unknown or of shapes that do not fit together.
     """
     task = task or infer_task(state)
     config = infer_config(state, task, **given)

@@ -1,15 +1,14 @@
 """
-A recurrent network as a model with RSA heads that `from_pretrained` loads.
+Convert a recurrent network into a model with RSA heads that `from_pretrained` loads.
 
-Reads a state dict with the names of a one-layer `torch.nn.RNN` (`weight_hh_l0`, `weight_ih_l0` and, if it has them,
-`bias_hh_l0` and `bias_ih_l0`), with anything before them. `--nonlinearity none` says that the RNN is linear: the model
-then equals it. Of a tanh RNN the linear part is converted: the tangent at zero, or with `--inputs` (a file with one
-tensor `inputs` (batch, length, features)) the best linear fit on what the RNN reads. Eigenvalues on or outside the unit
-circle are converted only with `--largest`, which brings them down to that size; a matrix without a basis of
-eigenvectors only with `--perturbation`.
+Reads a state dict with the names of a one-layer `torch.nn.RNN` (`weight_hh_l0`, `weight_ih_l0` and, with biases,
+`bias_hh_l0` and `bias_ih_l0`), with any prefix. With `--nonlinearity none` the RNN is linear, and the model equals it.
+Of a tanh RNN only a linear part is converted: the tangent at zero or, with `--inputs` (a file with one tensor `inputs`
+(batch, length, features)), the best linear fit on these inputs. Eigenvalues on or outside the unit circle need
+`--largest`, which scales them down to that size; a matrix without a basis of eigenvectors needs `--perturbation`.
 
-The result's `error` is the largest difference between the RNN's and the model's states, over the largest state, on the
-inputs given or else on 8 x 64 normal random numbers.
+The result's `error` is the largest difference between the states of the RNN and of the model, divided by the RNN's
+largest state, on the given inputs or else on 8 x 64 normal random numbers.
 """
 
 from pathlib import Path
@@ -22,7 +21,7 @@ from scripts.conversion.original_checkpoint import read_state_dict
 
 
 def read_rnn(path: Path) -> nn.RNN:
-    """The one RNN in a file, in float64; raises ValueError if there is none, or more than one layer or direction."""
+    """The RNN in a file, in float64; a ValueError if there is none, or more than one layer or direction."""
     state = read_state_dict(path)
     names = [name for name in state if "weight_hh_l" in name]
     if len(names) != 1 or not names[0].endswith("weight_hh_l0"):
@@ -45,7 +44,7 @@ def read_rnn(path: Path) -> nn.RNN:
 
 
 def convert(rnn: nn.RNN, nonlinearity: str, inputs: torch.Tensor | None = None, **options) -> tuple:
-    """The model, and the largest error of its states relative to the RNN's largest state."""
+    """The model, and the largest error of its states divided by the RNN's largest state."""
     linear = LinearRNN.from_torch(rnn, inputs if nonlinearity == "tanh" else None)
     model = rsa_from_linear_rnn(linear, **options)
     if inputs is None:

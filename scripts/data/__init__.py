@@ -1,1 +1,1 @@
-"""Data sources, and how their rows become what a model reads."""
+"""Data sources, tokenization, and the rows that models read."""

@@ -1,18 +1,18 @@
 """
-Training rows from documents that are never in memory together, nor on this disk: read, tokenised and cut as they come.
+Make training rows from a stream of documents that need not fit into memory or onto the disk.
 
 Each data-parallel process reads its own part of the documents (`datasets.distributed.split_dataset_by_node`: whole
-files where their number is a multiple of the processes, else every n-th document), and each of its
-`dataloader_num_workers` a part of that. A part is a stream as in `windows.py`: `<eos>`, then each document with an
-`<eos>` behind it, cut into rows across documents. Documents are held a block at a time: the rows of a block are
-shuffled, its last tokens go on in the next one, and the end of a part is a short row, padded.
+files if their number is a multiple of the processes, else every n-th document), and each of its
+`dataloader_num_workers` reads a part of that. A part is a stream as in `windows.py`: `<eos>`, then each document
+followed by `<eos>`, cut into rows across documents. One block of documents is in memory at a time. The rows of a block
+are shuffled, its last tokens are carried over into the next block, and the last row of a part is padded.
 
-A pass over the data ends for all processes together. One whose part is at its end gives rows without labels, which add
-nothing to the loss or its gradient, until the others are through; so in each pass every token is predicted once, by one
-process, whatever the sizes of the parts.
+All processes end a pass over the data together. A process whose part is exhausted yields rows without labels, which add
+nothing to the loss or its gradient, until the others have finished. So in each pass every token is predicted once, by
+one process, whatever the sizes of the parts.
 
-Where the stream stands after a batch is a few numbers, which the batch carries: the place among the documents before
-the block (`datasets.IterableDataset.state_dict`), the tokens left over from the block before, and the row.
+The state of the stream after a batch is small and travels with the batch: the position in the documents before the
+block (`datasets.IterableDataset.state_dict`), the tokens carried over from the block before, and the row.
 """
 
 # W window
@@ -35,7 +35,7 @@ from scripts.data.windows import IGNORED, positions_in_documents
 
 
 class StreamError(ValueError):
-    """What is wrong with a stream, or with the place where it is to go on, and the remedy."""
+    """An error of a stream or of its saved state; the message has the remedy."""
 
 
 class StreamedWindows(torch.utils.data.IterableDataset):
@@ -46,8 +46,8 @@ class StreamedWindows(torch.utils.data.IterableDataset):
         documents: rows with `text`.
         tokenizer: gives the ids.
         window, stride, separate: as for [`scripts.data.windows.Windows`].
-        block: documents that are held, tokenised and shuffled together.
-        seed: of the order of rows in a block.
+        block: documents that are in memory, tokenised and shuffled together.
+        seed: of the order of the rows in a block.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class StreamedWindows(torch.utils.data.IterableDataset):
         self.documents, self.tokenizer = documents, tokenizer
         self.window, self.stride, self.block, self.seed, self.separate = window, stride, block, seed, separate
         self.rank = self.epoch = 0
-        self.begin_at: list[dict | None] | None = None  # a state for each worker, if the pass was begun before
-        self.begin_with = 0  # the worker that has the first turn
-        self.turn = 1  # rows that a worker gives in a turn: a batch
+        self.begin_at: list[dict | None] | None = None  # a state for each worker, to resume a pass
+        self.begin_with = 0  # the worker that yields first
+        self.turn = 1  # rows that a worker yields at a time: a batch
 
     def split(self, rank: int, processes: int) -> "StreamedWindows":
-        """The part of one of several processes."""
+        """The part of the stream for one of several processes."""
         part = copy.copy(self)
         if processes > 1:
             part.documents = split_dataset_by_node(self.documents, rank=rank, world_size=processes)
@@ -77,7 +77,7 @@ class StreamedWindows(torch.utils.data.IterableDataset):
         return part
 
     def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor] | None, dict[str, Any]]]:
-        """Rows, each with the state that follows it; None where a worker has had its turn before the stream went on."""
+        """Rows, each with the state after it; None for rows that a worker yielded before the pass was resumed."""
         info = get_worker_info()
         worker = 0 if info is None else info.id
         eos = self.tokenizer.eos_token_id
@@ -92,7 +92,7 @@ class StreamedWindows(torch.utils.data.IterableDataset):
             held = list(islice(documents, self.block))
             tokens, begins = self._joined(held, state)
             starts = list(range(0, len(tokens) - self.window + 1, self.stride))
-            end = len(starts) * self.stride  # where the next row would begin
+            end = len(starts) * self.stride  # the start of the next row
             predicted = self.window - self.stride if starts else state["predicted"]
             if not held and len(tokens) - end > predicted:
                 starts.append(end)
@@ -112,19 +112,19 @@ class StreamedWindows(torch.utils.data.IterableDataset):
             }
 
     def _joined(self, held: list[dict[str, str]], state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """What is left over and the tokens of a block as one stream, and where in it documents begin."""
+        """The carried tokens and those of a block as one stream, and the positions at which documents begin."""
         texts = [row["text"] for row in held]
         for text in texts:
             if not isinstance(text, str):
                 raise StreamError(
-                    f"`data.text_column` holds {text!r}, not text, in a row of the train split; mend or leave out such "
+                    f"`data.text_column` holds {text!r}, not text, in a row of the train split; correct or remove such "
                     "rows"
                 )
         options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
         encoded = self.tokenizer(texts, **options)["input_ids"] if texts else []
         eos = self.tokenizer.eos_token_id
         parts = [np.array(ids, dtype=np.int32) for ids in (state["left"], *([*ids, eos] for ids in encoded))]
-        begins = np.cumsum([len(part) for part in parts])[1:] - 1  # the `<eos>` of a document begins the next one
+        begins = np.cumsum([len(part) for part in parts])[1:] - 1  # an `<eos>` is the next document's first token
         return np.concatenate(parts), np.concatenate([np.array(state["begins"], dtype=np.int64), begins])
 
     def _row(self, tokens: np.ndarray, begins: np.ndarray, start: int) -> dict[str, torch.Tensor]:
@@ -139,21 +139,21 @@ class StreamedWindows(torch.utils.data.IterableDataset):
         return row
 
     def blank(self) -> dict[str, torch.Tensor]:
-        """A batch that adds nothing to a loss, as short as can be.  (1, 2)"""
+        """The shortest batch without labels, which adds nothing to a loss.  (1, 2)"""
         batch = {"input_ids": torch.full((1, 2), self.tokenizer.eos_token_id), "labels": torch.full((1, 2), IGNORED)}
         return {**batch, "position_ids": torch.arange(2)[None]} if self.separate else batch
 
 
 class StreamLoader:
     """
-    Batches of a stream without end, pass after pass, with `Trainer`'s settings; it can go on where another one stood.
+    Batches of a stream, pass after pass without end, with `Trainer`'s settings. Its state can be saved and loaded.
 
     Args:
         stream: the part of this process.
         collator: makes a batch of rows.
-        batch_size: rows a batch; the last ones of a part may be fewer.
-        everywhere: whether something is true of all data-parallel processes; called once a batch by each.
-        options: of `torch.utils.data.DataLoader`: `num_workers`, `pin_memory` and the like.
+        batch_size: rows of a batch; the last batch of a part may have fewer.
+        everywhere: whether a condition holds on all data-parallel processes; each of them calls it once a batch.
+        options: of `torch.utils.data.DataLoader`, such as `num_workers` and `pin_memory`.
     """
 
     def __init__(
@@ -169,8 +169,8 @@ class StreamLoader:
         self.epoch = self.batches = 0
         self.workers: list[dict | None] = [None] * max(1, options.get("num_workers", 0))
         self.next_worker = 0
-        self.ended = False  # nothing is left to train on
-        # A generator of its own: the workers' seeds must not take from the one that a checkpoint restores.
+        self.ended = False  # no training step is left
+        # A separate generator: the workers' seeds must not advance the one that a checkpoint restores.
         generator = torch.Generator().manual_seed(stream.seed)
         self.options = {**options, "batch_size": batch_size, "collate_fn": self._collate, "generator": generator}
 
@@ -201,16 +201,11 @@ class StreamLoader:
         return next((item for item in loaded if item[0] is not None), None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands after the last batch, in numbers, lists and dicts alone."""
-        return {
-            "epoch": self.epoch,
-            "batches": self.batches,
-            "workers": self.workers,
-            "next_worker": self.next_worker,
-        }
+        """The state of the stream after the last batch, made of numbers, lists and dicts only."""
+        return {name: getattr(self, name) for name in ("epoch", "batches", "workers", "next_worker")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on after the last batch of another loader, which had as many workers."""
+        """Resume after the last batch of another loader with the same number of workers."""
         if len(state["workers"]) != len(self.workers):
             raise StreamError(
                 f"the checkpoint was written with {len(state['workers'])} workers reading the stream, now there are "
@@ -221,7 +216,7 @@ class StreamLoader:
 
 
 class StreamState(TrainerCallback, ExportableState):
-    """Keeps where each process's stream stands in the `trainer_state.json` of every checkpoint, and goes on from it."""
+    """Saves the state of each process's stream in the `trainer_state.json` of every checkpoint, and restores it."""
 
     def __init__(self) -> None:
         self.processes: list[dict[str, Any]] = []
@@ -236,13 +231,13 @@ class StreamState(TrainerCallback, ExportableState):
         if len(self.processes) != args.world_size:
             raise StreamError(
                 f"the checkpoint was written by {len(self.processes)} processes, now there are {args.world_size}: the "
-                "documents of a stream are shared out among as many as began with it"
+                "documents of a stream stay divided among the processes that started the run"
             )
         train_dataloader.load_state_dict(self.processes[args.process_index])
 
     def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
-        if control.should_save or control.should_evaluate:  # an evaluation may decide on saving
+        if control.should_save or control.should_evaluate:  # an evaluation may decide to save
             self.processes = gather_object([train_dataloader.state_dict()])
-        state.epoch = state.global_step / state.max_steps  # Trainer would count from the last resume on
+        state.epoch = state.global_step / state.max_steps  # Trainer would count from the last resume
 
     on_epoch_end = on_step_end

@@ -1,14 +1,14 @@
 """
-Tokenizers made with the tokenizers library, saved with the model and loaded with `AutoTokenizer`.
+Train tokenizers with the tokenizers library; they are saved with the model and loaded with `AutoTokenizer`.
 
 | kind | tokens | unknown text | `decode(encode(text))` |
 |---|---|---|---|
 | `character` | Unicode characters of the training text | `<unk>`, one a character | the text |
-| `byte_bpe` | byte pairs merged by frequency, from all 256 bytes | cannot happen | the text |
-| `word` | words between white space, `<eos>` at line ends | `<unk>`, one a word | the words, one blank between |
+| `byte_bpe` | byte pairs merged by frequency, from all 256 bytes | does not exist | the text |
+| `word` | words between white space, `<eos>` at line ends | `<unk>`, one a word | the words, separated by one space |
 
-A `<eos>` also ends every document, and begins the stream of documents, so it is the token to begin generation with.
-Text that happens to spell a special token is text: it is never read as the token.
+A `<eos>` also ends every document and begins the stream of documents, so generation starts from it. Text that spells
+the name of a special token is never read as that token.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ class Options:
 
     Args:
         kind: `character`, `word` or `byte_bpe`.
-        vocab_size: number of tokens, special ones included; the most frequent are kept. All if left out, except for
-            `byte_bpe`, which needs it.
-        min_frequency: leave out what the training text has fewer times.
-        max_texts: learn from so many of the first training documents; all if left out, which reads a stream through.
+        vocab_size: number of tokens including special ones; the most frequent are kept. All by default; `byte_bpe`
+            requires it.
+        min_frequency: leave out tokens that occur fewer times in the training text.
+        max_texts: train on this many of the first training documents; on all by default, which reads a whole stream.
     """
 
     kind: Literal["character", "word", "byte_bpe"]
@@ -53,7 +53,7 @@ class Options:
 
 
 def build_tokenizer(options: Options, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer of the given kind with the vocabulary of `texts`."""
+    """A tokenizer of the kind in `options`, trained on `texts`."""
     make = {"character": _character, "word": _word, "byte_bpe": _byte_bpe}[options.kind]
     return PreTrainedTokenizerFast(
         tokenizer_object=make(options, texts),
@@ -61,7 +61,7 @@ def build_tokenizer(options: Options, texts: Iterable[str]) -> PreTrainedTokeniz
         unk_token=None if options.kind == "byte_bpe" else UNK,
         bos_token=EOS,
         eos_token=EOS,
-        padding_side="left",  # for generation; the model takes either side
+        padding_side="left",  # for generation; the model accepts either side
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
@@ -111,10 +111,10 @@ def _byte_bpe(options: Options, texts: Iterable[str]) -> Tokenizer:
 
 def characters_per_token(tokenizer: PreTrainedTokenizerFast) -> list[int] | None:
     """
-    How many characters each id stands for, so that a token count can be turned into a character count exactly.
+    The number of characters of each id, which gives the exact number of characters of a sequence of tokens.
 
-    A byte-level token stands for as many characters as it has bytes that begin one in UTF-8. `<unk>` of a character
-    vocabulary stands for one, `<eos>` and `<pad>` for none. None for words, whose unknown ones have no known length.
+    A byte-level token has as many characters as it has bytes that begin a character in UTF-8. `<unk>` of a character
+    vocabulary has one, `<eos>` and `<pad>` have none. None for words, since unknown words have no known length.
     """
     state = tokenizer.backend_tokenizer
     if isinstance(state.model, models.BPE):

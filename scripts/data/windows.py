@@ -1,13 +1,13 @@
 """
-A stream of tokens cut into rows for language modelling.
+Cut a stream of tokens into rows for language modelling.
 
-A row of W tokens predicts all of them but its first. Rows begin every `stride` tokens. Labels of a row for training are
-its tokens; for scoring, only the positions that no earlier row has predicted, so each position of the stream but the
-very first is scored exactly once, in as much context as its row gives: at least W - 1 - stride tokens after the start.
+In a row of W tokens every token but the first is predicted. A row begins every `stride` tokens. For training all tokens
+of a row are labels. For scoring only the positions that no earlier row has predicted are labels: every position of the
+stream but the first is scored exactly once, with a context of at least W - 1 - stride tokens except at the start.
 
-Rows of separate documents have `position_ids` too, which begin at 0 with each document, and by which the models keep
-attention, REMs and LocalRNN windows inside it. The `<eos>` between two documents is predicted by the first and begins
-the second, so every token is still predicted once.
+With separate documents a row also has `position_ids`, which restart at 0 with every document; they keep attention, REMs
+and LocalRNN windows inside a document. The `<eos>` between two documents is predicted in the first one and is the first
+token of the second one, so every token is still predicted once.
 """
 
 # N tokens of the stream, W window
@@ -20,18 +20,18 @@ import torch
 from torch.utils.data import Dataset
 
 
-IGNORED = -100  # a label that is not scored
+IGNORED = -100  # the label of a position that is not scored
 
 
 class TokenStream:
     """
-    `<eos>`, then the tokens of all documents, each followed by `<eos>`: a sequence of N ids that stays where it is.
+    `<eos>`, then the tokens of all documents, each followed by `<eos>`: a sequence of N ids that is not copied.
 
-    A slice copies only itself, so a stream over a file in memory-mapped Arrow may be larger than the memory.
+    Only slices are copied, so a stream over memory-mapped Arrow files may be larger than the memory.
 
     Args:
-        documents: lists of ids, each with its `<eos>`, in chunks as Arrow has them.
-        eos_token_id: the id that begins the stream; it is never predicted.
+        documents: lists of ids, each with its `<eos>`, in Arrow's chunks.
+        eos_token_id: the first id of the stream; it is never predicted.
     """
 
     def __init__(self, documents: Sequence[pa.ListArray], eos_token_id: int) -> None:
@@ -48,16 +48,19 @@ class TokenStream:
         return np.concatenate([self._first[:0], *(self._tokens[i][a:b] for i, a, b in self._parts(start, end))])
 
     def document_begins(self, start: int, end: int) -> np.ndarray:
-        """Positions of the `<eos>` from `start` to `end` that begin a document, counted from `start`."""
+        """Positions, relative to `start`, of the `<eos>` between `start` and `end` that begin a document."""
         begins = [np.zeros(int(start == 0 < end), dtype=np.int64)]
         for index, first, last in self._parts(max(start, 1), end):
-            base, ends = int(self._offsets[index - 1][0]), self._offsets[index - 1][1:]  # each one past an `<eos>`
+            base, ends = (
+                int(self._offsets[index - 1][0]),
+                self._offsets[index - 1][1:],
+            )  # positions after `<eos>`
             found = ends[np.searchsorted(ends, base + first + 1) : np.searchsorted(ends, base + last + 1)]
             begins.append(found.astype(np.int64) - base - 1 + self._begins[index] - start)
         return np.concatenate(begins)
 
     def _parts(self, start: int, end: int):
-        """The chunks that a span crosses, each with the part of it: index, start, end."""
+        """For each chunk in a span: its index, and start and end of the span in it."""
         index = int(np.searchsorted(self._begins, start, side="right")) - 1
         while start < end:
             stop = min(end, int(self._begins[index + 1]))
@@ -67,10 +70,10 @@ class TokenStream:
 
 def positions_in_documents(begins: np.ndarray, length: int) -> torch.Tensor:
     """
-    Positions that begin at 0 with the row and with each document in it.  (W,)
+    Positions that restart at 0 with every document in a row.  (W,)
 
     Args:
-        begins: where in the row a document begins.
+        begins: positions in the row at which a document begins.
     """
     last_begin = np.zeros(length, dtype=np.int64)
     last_begin[begins] = begins
@@ -82,11 +85,11 @@ class Windows(Dataset):
     Rows of `input_ids` and `labels` (unshifted: the model shifts them itself) over a stream of token ids.
 
     Args:
-        stream: ids of all documents, one after another.  (N,)
-        window: tokens W of a row; the whole stream is one row if it is shorter.
-        stride: tokens between the beginnings of two rows, at most W - 1.
-        score_once: a label for what no earlier row has predicted alone; False for all labels in every row.
-        separate: whether rows have `position_ids` that keep the documents apart; the stream is a [`TokenStream`] then.
+        stream: ids of all documents, concatenated.  (N,)
+        window: tokens W of a row; a shorter stream is one row.
+        stride: tokens between the starts of two rows, at most W - 1.
+        score_once: label only positions that no earlier row has predicted; False to label all positions of every row.
+        separate: add `position_ids` that keep documents separate; the stream must be a [`TokenStream`] then.
     """
 
     def __init__(
@@ -99,7 +102,7 @@ class Windows(Dataset):
         return 1 + max(0, -(-(len(self.stream) - self.window) // self.stride))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        # The last row is moved back to end with the stream, so all rows are equally long.
+        # The last row is shifted back to end with the stream, so all rows have the same length.
         end = min(index * self.stride + self.window, len(self.stream))
         start = max(0, end - self.window)
         row = torch.from_numpy(self.stream[start:end].astype(np.int64))  # (W,)

@@ -1,1 +1,1 @@
-"""What a report is made of: its tables, plots, provenance and baselines of equal size."""
+"""Tables, plots and provenance of a report, and baselines with equal numbers of parameters."""

@@ -1,19 +1,20 @@
 """
-Give the baselines of a recipe as many parameters as the recipe's model has.
+Match the number of parameters of a recipe's baselines to that of the recipe's model.
 
     python -m scripts.results.parameter_matching stdlib-code
     python -m scripts.results.parameter_matching digits --set model.hidden_size=32
 
-A recipe's baselines.toml names models to compare with, each by the settings that make it of the recipe:
+A recipe's baselines.toml names models to compare with, each by the settings that change the recipe's model into it:
 
     [lstm]
     set = ['model={model_type = "recurrent", kind = "lstm", num_hidden_layers = 2}']
 
-The width, `hidden_size`, is found here; where a model has an inner width, `intermediate_size` makes up what is left.
-The last line of stdout is one JSON object: for each name the overrides, ready for `train.py --set`, and the parameters.
+This program finds the width, `hidden_size`, and for models with an inner width then the `intermediate_size` that comes
+nearest. The last line of stdout is one JSON object: for each name the overrides for `train --set` and the parameters.
 """
 
 import argparse
+import bisect
 import contextlib
 import json
 import math
@@ -28,14 +29,15 @@ from scripts.training.recipe import add_overrides, parse_file, read_recipe, reci
 
 
 TOLERANCE = 0.02
+LARGEST_WIDTH = 2**14  # in steps
 
 
 def read_baselines(recipe: str | Path) -> dict[str, tuple[str, ...]]:
     """
-    The baselines of a recipe: by name, their `--set` overrides, without a width yet.
+    The `--set` overrides of a recipe's baselines by name, without a width.
 
     Raises:
-        FileNotFoundError, ValueError: the recipe has no `baselines.toml`, or it is not as it must be.
+        FileNotFoundError, ValueError: there is no `baselines.toml`, or it has another form.
     """
     path = recipe_folder(recipe) / "baselines.toml"
     if not path.is_file():
@@ -51,34 +53,29 @@ def read_baselines(recipe: str | Path) -> dict[str, tuple[str, ...]]:
 
 def count_parameters(recipe, prepared: Prepared, **values) -> int:
     """Parameters of the recipe's model on the prepared data; `values` change its config."""
-    with torch.device("meta"):  # shapes alone
+    with torch.device("meta"):  # shapes without data
         return prepared.auto_class.from_config(recipe.config(**prepared.config_values, **values)).num_parameters()
 
 
 def nearest_width(count: Callable[[int], int], parameters: int, step: int = 1) -> int:
-    """The multiple of `step` whose `count`, which grows with it, is nearest to `parameters`."""
-    above = 1  # in steps
-    while count(above * step) < parameters:
-        above *= 2
-    below = above // 2
-    while above - below > 1:
-        middle = (below + above) // 2
-        below, above = (middle, above) if count(middle * step) < parameters else (below, middle)
-    return step * min((width for width in (below, above) if width), key=lambda w: abs(count(w * step) - parameters))
+    """The multiple of `step` whose `count`, an increasing function, is nearest to `parameters`."""
+    widths = range(step, step * LARGEST_WIDTH, step)
+    place = bisect.bisect_left(widths, parameters, key=count)
+    return min(widths[max(0, place - 1) : place + 1], key=lambda width: abs(count(width) - parameters))
 
 
 def match(
     recipe: str | Path, overrides: tuple[str, ...], parameters: int, prepared: Prepared, tolerance: float = TOLERANCE
 ) -> tuple[tuple[str, ...], int]:
     """
-    The overrides of a baseline with those that give it `parameters`, and how many it has then.
+    The overrides of a baseline, completed by a width that gives it `parameters`, and the parameters it has with it.
 
     Args:
-        prepared: the recipe's data; a baseline learns from the same.
+        prepared: the recipe's data, on which the baseline is trained too.
+        tolerance: the largest relative difference to `parameters`; or half a step of width, if that is more.
 
     Raises:
-        ValueError: no width comes within `tolerance` (a share) of `parameters`, or, of a model so small that one more
-            unit of width is a larger share, within half of that.
+        ValueError: no width is within the tolerance.
     """
     baseline = read_recipe(recipe, overrides)
     config = baseline.config()
@@ -106,7 +103,7 @@ def match(
 
 
 def match_all(recipe: str | Path, overrides: tuple[str, ...] = ()) -> dict[str, dict]:
-    """Every baseline of a recipe, and under `recipe` the model that they match: `overrides` and `parameters`."""
+    """`overrides` and `parameters` of every baseline of a recipe and, as `recipe`, of the recipe's model."""
     own = read_recipe(recipe, overrides)
     prepared = own.prepare(None, ("train",))
     parameters = count_parameters(own, prepared)
@@ -118,7 +115,7 @@ def match_all(recipe: str | Path, overrides: tuple[str, ...] = ()) -> dict[str, 
 
 
 def main(arguments: list[str] | None = None) -> dict[str, dict]:
-    """Match the baselines; the table."""
+    """Match all baselines; `match_all`'s result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a folder of configuration/ by name, or the path of a recipe")
     add_overrides(parser, "a setting of the recipe and of its baselines, as for train.py")

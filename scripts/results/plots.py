@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 
 def curve(log_history: list[dict[str, float]], metric: str) -> dict[str, list]:
     """The training loss and the monitored metric, by step and by second."""
@@ -18,11 +20,7 @@ def curve(log_history: list[dict[str, float]], metric: str) -> dict[str, list]:
 
 
 def plot_curve(rows: dict[str, list], metric: str, path: Path) -> None:
-    """Draw the curve, if matplotlib is installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
+    """Plot the training loss and the validation metric by step."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     loss_axes = figure.subplots()
     loss_axes.plot([row["step"] for row in rows["training"]], [row["loss"] for row in rows["training"]], color="0.6")
@@ -34,17 +32,8 @@ def plot_curve(rows: dict[str, list], metric: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plot_curves(curves: dict[str, dict[str, list]], metric: str, path: Path) -> bool:
-    """
-    Draw the monitored metric of several runs by the second.
-
-    Returns:
-        Whether it was drawn: matplotlib may not be installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def plot_curves(curves: dict[str, dict[str, list]], metric: str, path: Path) -> None:
+    """Plot the validation metric of several runs by seconds of training."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     axes = figure.subplots()
     values = []
@@ -56,22 +45,12 @@ def plot_curves(curves: dict[str, dict[str, list]], metric: str, path: Path) -> 
     if values and min(values) > 0 and max(values) > 20 * min(values):
         axes.set_yscale("log")
     axes.set(xlabel="seconds of training", ylabel=f"{metric.replace('_', ' ')}, validation")
-    figure.legend(loc="outside right upper", fontsize="small")  # beside the curves, which it would hide
+    figure.legend(loc="outside right upper", fontsize="small")  # outside, where it hides no curve
     figure.savefig(path, dpi=120)
-    return True
 
 
-def plot_gates(rows: list[dict[str, Any]], path: Path) -> bool:
-    """
-    Draw the gate of each layer and REM head, and the eigenvalues in the unit circle.
-
-    Returns:
-        Whether they were drawn: matplotlib may not be installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
+def plot_gates(rows: list[dict[str, Any]], path: Path) -> None:
+    """Plot the gate of each layer and REM head, and the eigenvalues in the unit circle."""
     layers, heads = (sorted({row[name] for row in rows}) for name in ("layer", "head"))
     figure = Figure(figsize=(9, 4), layout="constrained")
     gate_axes, plane = figure.subplots(1, 2)
@@ -81,7 +60,7 @@ def plot_gates(rows: list[dict[str, Any]], path: Path) -> bool:
         gates[place[0]][place[1]] = row["gate"]
         colour = "white" if row["gate"] < 0.5 else "black"
         gate_axes.text(place[1], place[0], f"{row['gate']:.2f}", ha="center", va="center", color=colour)
-        sides = (1, -1) if row["angle"] else (1,)  # a cyclical head stands for a complex pair
+        sides = (1, -1) if row["angle"] else (1,)  # a cyclical head has a complex pair of eigenvalues
         plane.plot(
             [row["decay"] * math.cos(row["angle"])] * len(sides),
             [side * row["decay"] * math.sin(row["angle"]) for side in sides],
@@ -99,4 +78,3 @@ def plot_gates(rows: list[dict[str, Any]], path: Path) -> bool:
     if len(layers) <= 10:
         plane.legend(loc="lower left", fontsize="small")
     figure.savefig(path, dpi=150)
-    return True

@@ -1,4 +1,4 @@
-"""Where a result was obtained: the versions, the commit and the kind of machine."""
+"""The versions, the commit and the kind of machine of a result."""
 
 import os
 import platform
@@ -26,7 +26,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout, with `-dirty` behind it if files but `docs/` were changed; None outside of one."""
+    """The commit of the checkout, with `-dirty` appended if files outside `docs/` were changed; None without git."""
     try:
         changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs")
         return _git("rev-parse", "HEAD") + ("-dirty" if changed else "")

@@ -1,76 +1,66 @@
 """
-The card of a model: `hub_card.md`, filled in from the checkpoint's config, weights, results and recipe.
+Write the card of a model: `hub_card.md`, filled in from the checkpoint's config, weights, results and recipe.
 
-What was not measured is not written: without results.json the card says so and has no figures.
+The card has measured figures only; without results.json it says that there are none.
 """
 
-import dataclasses
 import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from modeling_rtransformer import model_classes
 from scripts.data.sources import SOURCES
+from scripts.metrics import METRIC_FUNCTIONS
 from scripts.training.recipe import Recipe
 
 
 TEMPLATE = Path(__file__).resolve().parents[2] / "hub_card.md"
-METRICS = Path(__file__).resolve().parents[1] / "metrics"
 
 
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """How a model class is loaded and what it is for: Auto class, pipeline of the Hub, and a word for people."""
+class Head(NamedTuple):
+    """How a model class is loaded and what it is for: the pipeline's name on the Hub, and a noun for readers."""
 
     auto_class: str
     pipeline: str
     purpose: str
 
 
-HEADS = {
-    "RTransformerModel": Head("AutoModel", "feature-extraction", "encoder"),
-    "RTransformerForCausalLM": Head("AutoModelForCausalLM", "text-generation", "causal language model"),
-    "RTransformerForMaskedLM": Head("AutoModelForMaskedLM", "fill-mask", "masked language model"),
-    "RTransformerForSequenceClassification": Head(
-        "AutoModelForSequenceClassification", "text-classification", "sequence classifier"
-    ),
-    "RTransformerForTokenClassification": Head(
-        "AutoModelForTokenClassification", "token-classification", "token classifier"
-    ),
-    "RTransformerForAudioFrameClassification": Head(
-        "AutoModelForAudioFrameClassification", "audio-classification", "frame classifier"
-    ),
-    "RTransformerForTimeSeriesPrediction": Head(
-        "AutoModelForTimeSeriesPrediction", "time-series-forecasting", "forecaster of time series"
-    ),
-    "RTransformerForQuestionAnswering": Head(
-        "AutoModelForQuestionAnswering", "question-answering", "extractive question answering model"
-    ),
-}
-# Transformers 5 has none for questions any more, and none for the frames of a recording or for forecasts.
+HEADS = [
+    Head("AutoModel", "feature-extraction", "encoder"),
+    Head("AutoModelForCausalLM", "text-generation", "causal language model"),
+    Head("AutoModelForMaskedLM", "fill-mask", "masked language model"),
+    Head("AutoModelForSequenceClassification", "text-classification", "sequence classifier"),
+    Head("AutoModelForTokenClassification", "token-classification", "token classifier"),
+    Head("AutoModelForAudioFrameClassification", "audio-classification", "frame classifier"),
+    Head("AutoModelForTimeSeriesPrediction", "time-series-forecasting", "forecaster of time series"),
+    Head("AutoModelForQuestionAnswering", "question-answering", "extractive question answering model"),
+]
+# Transformers 5 has no pipeline for questions, for the frames of a recording or for forecasts.
 NO_PIPELINES = {"question-answering", "audio-classification", "time-series-forecasting"}
-EXAMPLES = {"stdlib_code": "def read_file(path):"}  # a beginning that suits the data, by source
+EXAMPLES = {"stdlib_code": "def read_file(path):"}  # a prompt that suits the data, by source
 
 
 def head_of(config) -> Head:
-    """The head that the checkpoint was saved with; raises ValueError if its config does not tell."""
+    """The head that the checkpoint was saved with; a ValueError if its config does not name exactly one."""
+    auto_classes = {model_class.__name__: name for name, model_class in model_classes(type(config)).items()}
     names = config.architectures or []
-    if len(names) != 1 or names[0] not in HEADS:
-        raise ValueError(f"`architectures` of config.json must be one of {', '.join(HEADS)}, got {names}")
-    return HEADS[names[0]]
+    if len(names) != 1 or names[0] not in auto_classes:
+        raise ValueError(f"`architectures` of config.json must be one of {', '.join(auto_classes)}, got {names}")
+    return next(head for head in HEADS if head.auto_class == auto_classes[names[0]])
 
 
 def own_metrics(split: Mapping[str, float]) -> dict[str, float]:
-    """Those of a split's figures that are metrics of the model, not of what it is compared with."""
-    return {name: value for name, value in split.items() if (METRICS / name).is_dir()}
+    """The figures of a split that are metrics of the model; the others are those of compressors to compare with."""
+    return {name: value for name, value in split.items() if name in METRIC_FUNCTIONS}
 
 
 def eval_results(results: Mapping[str, Any], recipe: Recipe | None, head: Head) -> list[EvalResult]:
-    """The measured metrics as the Hub's `model-index` wants them."""
+    """The measured metrics as entries of the Hub's `model-index`."""
     source = recipe.sections["data"]["source"] if recipe is not None else results["recipe"]
     dataset = recipe.sections["data"].get("dataset", source) if recipe is not None else source
     return [
@@ -88,36 +78,8 @@ def eval_results(results: Mapping[str, Any], recipe: Recipe | None, head: Head) 
     ]
 
 
-def describe(config) -> list[str]:
-    """One sentence for each choice of the architecture."""
-    lines = []
-    if config.num_local_rnns:
-        count = "A LocalRNN" if config.num_local_rnns == 1 else f"{config.num_local_rnns} LocalRNNs"
-        window = config.local_window
-        sides = (
-            f"the last {window} positions" if config.is_causal else f"the last {window} and the next {window} positions"
-        )
-        if config.local_padding == "none":
-            sides += ", from the sequence's first one on,"
-        lines.append(
-            f"{count} ({config.local_rnn_type.upper()}) over {sides} before each attention layer (R-Transformer)."
-        )
-    heads = [kind.replace("_", " ") for kind in config.rem_kinds or [] if kind != "none"]
-    if heads:
-        lines.append(
-            f"{len(heads)} of {config.num_attention_heads} attention heads mixed with a Recurrence Encoding Matrix "
-            f"({', '.join(heads)}) (RSA)."
-        )
-    if config.position_embedding == "none":
-        lines.append("No position embedding.")
-    else:
-        lines.append(f"Position embedding: {config.position_embedding}.")
-    lines.append("It sees the past only." if config.is_causal else "It sees both sides.")
-    return lines
-
-
 def gate_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
-    """For each layer with REM heads: its index, and kind, dilation, gate and eigenvalue of each head."""
+    """One row for each REM head: layer, head, kind, dilation, gate, and the eigenvalue as `decay` and `angle`."""
     rows = []
     for index, layer in enumerate(model.base_model.layers):
         recurrence = layer.self_attn.recurrence
@@ -141,7 +103,7 @@ def gate_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
 
 
 def _reads_its_mask(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the mask in a text becomes the mask token, as the pipeline needs; ours take it for text."""
+    """Whether the tokenizer turns the text of the mask into the mask token, as the fill-mask pipeline needs."""
     return tokenizer.mask_token is not None and tokenizer.mask_token_id in tokenizer(tokenizer.mask_token).input_ids
 
 
@@ -160,27 +122,27 @@ def render(
 
     Args:
         results: the content of results.json; None if nothing was measured.
-        recipe: what the model was trained with; None if it is not known.
-        files: names of what lies beside the card; plots that are not there are not shown.
+        recipe: the recipe that the model was trained with; None if it is unknown.
+        files: names of the other files in the repository; the card shows plots that are among them.
     """
     config, head = model.config, head_of(model.config)
     reads_numbers = config.num_input_features is not None
     has_pipeline = not reads_numbers and tokenizer is not None and head.pipeline not in NO_PIPELINES
     if head.pipeline == "fill-mask" and not (has_pipeline and _reads_its_mask(tokenizer)):
         has_pipeline = False
-    data = recipe.sections["data"] if recipe is not None else {}
+    sections = recipe.sections if recipe is not None else {}
+    data = sections.get("data", {})
     source = SOURCES.get(data.get("source"))
+    measured = eval_results(results, recipe, head) if results else None
     card_data = ModelCardData(
         license=license,
         library_name="transformers",
         pipeline_tag=None if reads_numbers else head.pipeline,
         tags=["r-transformer", "rsa", "recurrence", "custom_code"],
         datasets=[data["dataset"]] if data.get("source") == "hub" else None,
-        metrics=sorted({name for split in results["metrics"].values() for name in own_metrics(split)})
-        if results
-        else None,
+        metrics=sorted({result.metric_type for result in measured}) if measured else None,
         model_name=repo_id.split("/")[-1],
-        eval_results=eval_results(results, recipe, head) if results else None,
+        eval_results=measured,
     )
     return ModelCard.from_template(
         card_data,
@@ -189,7 +151,6 @@ def render(
         title=repo_id.split("/")[-1].replace("_", " "),
         head=head,
         config=config,
-        architecture=describe(config),
         parameters=model.num_parameters(),
         dtype=str(model.dtype).removeprefix("torch."),
         has_tokenizer=tokenizer is not None,
@@ -201,9 +162,8 @@ def render(
         labels=[config.id2label[index] for index in sorted(config.id2label)],
         about_data=inspect.getdoc(source) if source is not None else None,
         data={key: value for key, value in data.items() if key != "source"},
-        training=recipe.sections.get("training", {}) if recipe is not None else {},
-        budget=recipe.sections.get("budget", {}) if recipe is not None else {},
-        averaging=recipe.sections.get("averaging", {}) if recipe is not None else {},
+        training={**sections.get("training", {}), **sections.get("budget", {})},
+        averaging=sections.get("averaging", {}),
         results=results,
         own_metrics=own_metrics,
         gates=gate_rows(model),

@@ -1,9 +1,9 @@
 """
-The folder of a model as it is pushed: weights, code, tokenizer, card, results and recipe, and nothing else.
+Write the folder that is pushed for a model: weights, code, tokenizer, card, results and recipe, and nothing else.
 
-Only names in `HUB_FILES` are ever taken along. Settings that say where things lie on the machine of the training are
-cut down to file names or left out, and then every text is searched for the machine's paths and names and for tokens: a
-push with one of them is refused, by file and what was found.
+Only names in `HUB_FILES` are copied. Settings with paths of the training machine are cut down to file names or left
+out. Then every file is searched for this machine's paths and names and for tokens; a push that contains one is refused
+with the file's name and what was found.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ import transformers
 from huggingface_hub import get_token
 from transformers import AutoConfig, AutoTokenizer
 
-from modeling_rtransformer import RTransformerConfig
+from modeling_rtransformer import CONFIGS
 from modeling_rtransformer.hub_files import HUB_FILES, PICKLES, TOKENIZER_FILES, WEIGHT_FILES
 from scripts.results.plots import plot_curve, plot_gates
 from scripts.sharing.card import gate_rows, head_of, render
@@ -37,18 +37,19 @@ HOME = re.compile(r"(?:/home|/Users|[A-Za-z]:\\+Users)[/\\]+[\w.-]+")
 
 def write_folder(checkpoint: Path, folder: Path, repo_id: str, license: str = "apache-2.0") -> list[str]:
     """
-    Write what belongs to the model in `checkpoint` into the new or empty `folder`; the names of the files.
+    Write the files of the model in `checkpoint` into the new or empty `folder`; their names.
 
     Raises:
-        ValueError, OSError: no R-Transformer, no safetensors, weights that are missing, a path or a token in a text.
+        ValueError, OSError: not a model of this package, no safetensors, missing weights, a path or a token in a file.
     """
     if not (checkpoint / "config.json").is_file():
         raise FileNotFoundError(f"{checkpoint} is no saved model: it has no config.json")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} must be a new or empty folder")
     config = AutoConfig.from_pretrained(checkpoint)
-    if not isinstance(config, RTransformerConfig):
-        raise ValueError(f"{checkpoint} must hold a model of type 'rtransformer', got {config.model_type!r}")
+    if type(config) not in CONFIGS:
+        known = " or ".join(repr(config_class.model_type) for config_class in CONFIGS)
+        raise ValueError(f"{checkpoint} must hold a model of type {known}, got {config.model_type!r}")
     if not list(checkpoint.glob("model*.safetensors")):
         found = ", ".join(path.name for pattern in PICKLES for path in checkpoint.glob(pattern))
         raise ValueError(
@@ -94,12 +95,12 @@ def write_folder(checkpoint: Path, folder: Path, repo_id: str, license: str = "a
 
 
 def public_recipe(recipe: Recipe) -> Recipe:
-    """The recipe without where files lie on this machine, and without the settings of pushing and logging."""
+    """The recipe without paths of this machine and without the settings of pushing and logging."""
     data = dict(recipe.sections["data"])
     for split in DATA_FILES:
         if split in data and (split == "file" or data.get("source") == "files"):
             data[split] = _file_names(data[split])
-    data.pop("folder", None)  # of copies; without it they are fetched
+    data.pop("folder", None)  # of local copies; without it the data are downloaded
     if data.get("source") == "hub" and Path(data["dataset"]).is_dir():
         data["dataset"] = Path(data["dataset"]).name
     sections = {**recipe.sections, "data": data}
@@ -110,7 +111,7 @@ def public_recipe(recipe: Recipe) -> Recipe:
 
 
 def public_results(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The results, with file names alone in the overrides of the command line."""
+    """The results, with paths in the overrides of the command line cut down to file names."""
     overrides = []
     for override in results.get("overrides", []):
         key, _, value = override.partition("=")
@@ -130,7 +131,7 @@ def _is_private(setting: str) -> bool:
 
 
 def refuse_secrets(folder: Path, checkpoint: Path, repo_id: str) -> None:
-    """Raise a ValueError that names the file and the kind of thing, never a token itself."""
+    """Raise a ValueError that names the file with a path, a name or a token, but never the token itself."""
     places = {str(Path.home()), str(Path.cwd()), str(checkpoint.resolve()), str(checkpoint.resolve().parent)} - {"/"}
     names = {platform.node(), _user()} - {"root", "user", "admin", "localhost", *repo_id.split("/")}
     token = get_token()
@@ -154,7 +155,7 @@ def _user() -> str:
 
 
 def _text(path: Path) -> str:
-    """What can be read in a file: all of a text, the header of a safetensors file, the comments of a picture."""
+    """The readable part of a file: all of it, but only the header of a safetensors file."""
     with path.open("rb") as file:
         if path.suffix == ".safetensors":
             return file.read(int.from_bytes(file.read(8), "little")).decode("utf-8", errors="replace")

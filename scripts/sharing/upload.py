@@ -1,19 +1,19 @@
 """
-Uploading a folder to the Hub as one commit, with errors that say what to do.
+Upload a folder to the Hub as one commit, with errors that say what to do.
 
-A push is whole or has not happened: large files go up first and show nowhere until the one commit that names them. What
-has not changed is not sent again. A broken connection, a full queue (429) or a server error (5xx) is tried again where
-that cannot do anything twice.
+A push is complete or has no effect: large files are uploaded first and stay invisible until the one commit that names
+them. huggingface_hub skips unchanged files. A broken connection, a full queue (429) and a server error (5xx) are
+retried where a second request cannot do anything twice.
 """
 
 import fnmatch
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, constants
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalTokenNotFoundError,
@@ -21,15 +21,17 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from modeling_rtransformer import CONFIGS
+
 
 TRIES, FIRST_WAIT = 3, 1.0  # seconds, doubled each time
-MODEL_TYPE = "rtransformer"
-# huggingface_hub 1 speaks through httpx, 2 through httpx2; its own error is derived from the one that it uses.
+MODEL_TYPES = {config_class.model_type for config_class in CONFIGS}
+# huggingface_hub 1 uses httpx, 2 uses httpx2; its own error is derived from that library's.
 HTTP_ERROR = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
 class PushError(Exception):
-    """A push that did not happen; the message says why, what is left on the Hub, and what to do."""
+    """A push that failed; the message says why, what is left on the Hub, and what to do."""
 
 
 def upload_folder(
@@ -45,169 +47,125 @@ def upload_folder(
     api: HfApi | None = None,
 ) -> dict[str, Any]:
     """
-    Make the repository if there is none, and the branch, then commit every file of `folder`.
+    Create the repository and the branch where they do not exist, then commit every file of `folder`.
 
     Args:
         repo_id: `name` or `owner/name`.
-        replaces: patterns of files that are deleted from the repository where `folder` does not have them.
-        private: only the owner sees the repository, if it is new; one that is there has to be private already.
+        replaces: patterns of files that are deleted from the repository if `folder` does not have them.
+        private: only the owner sees a new repository; an existing one has to be private already.
         revision: the branch; `main` if None.
-        create_pr: propose the commit as a pull request to a repository that is there.
+        create_pr: propose the commit as a pull request to an existing repository.
 
     Returns:
-        `repo_id`, `url`, `commit`, `pull_request` (or None), `changed` (False if all was there already), and the names
-        `deleted`.
+        `repo_id`, `url`, `commit`, `pull_request` (or None), `changed` (False if the repository already had all of it),
+        and the names `deleted`.
 
     Raises:
-        PushError: it did not happen.
+        PushError: the push failed.
     """
     api = api or HfApi()
     if create_pr and revision is not None:
         raise PushError("--create-pr proposes a change of the main branch; leave --revision out")
     created = False
     try:
-        owner, names = _identity(api)
-        repo_id = repo_id if "/" in repo_id else f"{owner}/{repo_id}"
-        info = _repo_info(api, repo_id, repo_type)
-        if info is None:
-            if create_pr:
-                raise PushError(
-                    f"{repo_id} does not exist, so there is nothing to propose a change of; leave --create-pr"
-                )
-            if repo_id.split("/")[0] not in names:
-                raise PushError(
-                    f"{owner} cannot make a repository in {repo_id.split('/')[0]}; yours are {', '.join(names)}"
-                )
-            _patiently(
-                lambda: api.create_repo(
-                    repo_id,
-                    repo_type=repo_type,
-                    private=private,
-                    exist_ok=True,
-                    space_sdk="static" if repo_type == "space" else None,
-                )
-            )
-            created = True
-        else:
-            _check_existing(info, repo_id, private, create_pr)
+        user = retried(api.whoami)
+        owners = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
+        repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+        where = {"repo_id": repo_id, "repo_type": repo_type}
+        created = ensure_repository(api, where, owners, private, create_pr)
         if revision not in (None, "main"):
-            _patiently(lambda: api.create_branch(repo_id, repo_type=repo_type, branch=revision, exist_ok=True))
-        plan = Plan(api, folder, repo_id, repo_type, revision or "main", replaces)
-        commit = _commit(plan, message, create_pr)
+            retried(lambda: api.create_branch(**where, branch=revision, exist_ok=True))
+        where["revision"] = revision or "main"
+        before = retried(lambda: api.repo_info(**where))
+        files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+        outdated = sorted(
+            file.rfilename
+            for file in before.siblings
+            if file.rfilename not in files and any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in replaces)
+        )
+
+        def commit():
+            head = api.repo_info(**where)  # again: a commit whose answer was lost may have arrived
+            present = {file.rfilename for file in head.siblings}
+            return api.create_commit(
+                **where,
+                operations=[
+                    *(CommitOperationAdd(name, str(path)) for name, path in files.items()),
+                    *(CommitOperationDelete(name) for name in outdated if name in present),
+                ],
+                commit_message=message,
+                create_pr=create_pr,
+                parent_commit=head.sha,  # the Hub refuses the commit if another one has come in between
+            )
+
+        done = retried(commit, lost_answers=not create_pr)  # a retry could open a second pull request
     except (HTTP_ERROR, OSError, RuntimeError, ValueError) as error:
         left = f"{repo_id} was made and is empty" if created else "nothing was changed there"
-        raise PushError(f"{_explanation(error, api, repo_id)}. Nothing was pushed: {left}") from error
+        raise PushError(f"{explanation(error, api, repo_id, create_pr)}. Nothing was pushed: {left}") from error
     return {
         "repo_id": repo_id,
         "url": f"{api.endpoint}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}",
-        "commit": commit.oid,
-        "pull_request": commit.pr_url,
-        "changed": plan.changed,
-        "deleted": plan.deleted,
+        "commit": done.oid,
+        "pull_request": done.pr_url,
+        "changed": done.oid != before.sha,
+        "deleted": outdated,
     }
 
 
-class Plan:
-    """What a commit adds and deletes, found anew for every try: the one before may have arrived after all."""
-
-    def __init__(self, api: HfApi, folder: Path, repo_id: str, repo_type: str, revision: str, replaces: Sequence[str]):
-        self.api, self.folder, self.replaces = api, folder, replaces
-        self.where = {"repo_id": repo_id, "repo_type": repo_type}
-        self.revision = revision
-        self.first_head: str | None = None
-        self.changed = False
-        self.deleted: list[str] = []
-
-    def commit(self, message: str, create_pr: bool) -> CommitInfo:
-        """One commit upon the head that was seen; refused by the Hub if another has come in between."""
-        head = self.api.repo_info(**self.where, revision=self.revision)
-        self.first_head = self.first_head or head.sha
-        there = {file.rfilename for file in head.siblings}
-        files = sorted(path for path in self.folder.iterdir() if path.is_file())
-        additions = [CommitOperationAdd(path.name, str(path)) for path in files]
-        gone = there - {path.name for path in files}
-        deleted = sorted(name for name in gone if any(fnmatch.fnmatch(name, rule) for rule in self.replaces))
-        commit = self.api.create_commit(
-            **self.where,
-            operations=[*additions, *(CommitOperationDelete(name) for name in deleted)],
-            commit_message=message,
-            revision=self.revision,
-            create_pr=create_pr,
-            parent_commit=head.sha,
+def ensure_repository(api: HfApi, where: dict[str, str], owners: list[str], private: bool, create_pr: bool) -> bool:
+    """Create the repository if there is none, else check that it may be replaced; whether it was created."""
+    repo_id = where["repo_id"]
+    try:
+        found = retried(lambda: api.repo_info(**where))
+    except RepositoryNotFoundError:
+        found = None
+    if found is not None:
+        if private and not found.private:
+            raise PushError(f"{repo_id} exists and is public; make it private in its settings, or leave --private out")
+        model_type = (getattr(found, "config", None) or {}).get("model_type")
+        if model_type not in (None, *MODEL_TYPES) and not create_pr:
+            raise PushError(
+                f"{repo_id} exists and holds a model of type {model_type!r}, which this push would replace; choose "
+                "another name, or propose the change with --create-pr"
+            )
+        return False
+    if create_pr:
+        raise PushError(f"{repo_id} does not exist, so there is nothing to propose a change of; leave --create-pr")
+    if repo_id.split("/")[0] not in owners:
+        raise PushError(
+            f"{owners[0]} cannot make a repository in {repo_id.split('/')[0]}; yours are {', '.join(owners)}"
         )
-        self.deleted = sorted({*self.deleted, *deleted})  # a try before this one may have brought its own there
-        self.changed = self.changed or commit.oid != self.first_head
-        return commit
+    sdk = "static" if where["repo_type"] == "space" else None
+    retried(lambda: api.create_repo(**where, private=private, exist_ok=True, space_sdk=sdk))
+    return True
 
 
-def _commit(plan: Plan, message: str, create_pr: bool) -> CommitInfo:
-    # A pull request whose answer was lost may be there, and a second try would make another.
-    return _patiently(lambda: plan.commit(message, create_pr), lost_answers=not create_pr)
-
-
-def _patiently(call: Callable[[], Any], lost_answers: bool = True) -> Any:
-    """The result of `call`, tried again after what may pass: 429, 5xx and, if asked for, a broken connection."""
+def retried(call: Callable[[], Any], lost_answers: bool = True) -> Any:
+    """The result of `call`, retried after 429, 5xx and, with `lost_answers`, a broken connection."""
     for attempt in range(TRIES):
         try:
             return call()
-        except (HTTP_ERROR, RuntimeError) as error:
-            cause = _http_cause(error)
-            status = _status(cause)
-            passing = status == 429 or (status or 0) >= 500 or (lost_answers and status is None and cause is not None)
-            # Of a RuntimeError from an upload, huggingface_hub has tried the request itself again already.
-            if not passing or cause is not error or attempt == TRIES - 1:
+        except HTTP_ERROR as error:  # uploads raise RuntimeError, after retries by huggingface_hub
+            status = status_of(error)
+            temporary = lost_answers if status is None else status == 429 or status >= 500
+            if not temporary or attempt == TRIES - 1:
                 raise
             wait = FIRST_WAIT * 2**attempt
-            print(f"{_short(cause)}; trying again in {wait:g} s", file=sys.stderr)
+            answer = f"the Hub answered {status}" if status else f"the connection broke ({type(error).__name__})"
+            print(f"{answer}; trying again in {wait:g} s", file=sys.stderr)
             time.sleep(wait)
 
 
-def _identity(api: HfApi) -> tuple[str, list[str]]:
-    """The user's name, and the owners that the user can make repositories for."""
-    me = _patiently(api.whoami)
-    return me["name"], [me["name"], *(org["name"] for org in me.get("orgs", []))]
-
-
-def _repo_info(api: HfApi, repo_id: str, repo_type: str):
-    try:
-        return _patiently(lambda: api.repo_info(repo_id, repo_type=repo_type))
-    except RepositoryNotFoundError:
-        return None
-
-
-def _check_existing(info, repo_id: str, private: bool, create_pr: bool) -> None:
-    if private and not info.private:
-        raise PushError(f"{repo_id} exists and is public; make it private in its settings, or leave --private out")
-    model_type = (getattr(info, "config", None) or {}).get("model_type", MODEL_TYPE)
-    if model_type != MODEL_TYPE and not create_pr:
-        raise PushError(
-            f"{repo_id} exists and holds a model of type {model_type!r}, which this push would replace; choose another "
-            "name, or propose the change with --create-pr"
-        )
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _http_cause(error: BaseException) -> BaseException | None:
-    return next((cause for cause in _causes(error) if isinstance(cause, HTTP_ERROR)), None)
-
-
-def _status(error: BaseException | None) -> int | None:
+def status_of(error: BaseException | None) -> int | None:
     return getattr(getattr(error, "response", None), "status_code", None)
 
 
-def _short(error: BaseException) -> str:
-    status = _status(error)
-    return f"the Hub answered {status}" if status else f"the connection broke ({type(error).__name__})"
-
-
-def _explanation(error: BaseException, api: HfApi, repo_id: str) -> str:
-    cause = _http_cause(error)
-    status = _status(cause)
+def explanation(error: BaseException, api: HfApi, repo_id: str, create_pr: bool) -> str:
+    """What went wrong and what to do, in one sentence without a full stop."""
+    cause = error
+    while cause is not None and not isinstance(cause, HTTP_ERROR):
+        cause = cause.__cause__ or cause.__context__
+    status = status_of(cause)
     login = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
     if isinstance(error, LocalTokenNotFoundError):
         return f"not logged in; {login}"
@@ -227,12 +185,7 @@ def _explanation(error: BaseException, api: HfApi, repo_id: str) -> str:
     if status is not None:
         return f"the Hub answered {status} ({str(cause).strip().splitlines()[-1]}); push again later"
     if cause is not None:
-        again = f"; look at {api.endpoint}/{repo_id}/discussions before pushing again" if _was_sent(cause) else ""
+        sent = create_pr and type(cause).__name__ != "ConnectError"
+        again = f"; look at {api.endpoint}/{repo_id}/discussions before pushing again" if sent else ""
         return f"no connection to {api.endpoint} ({type(cause).__name__}); check the network, then push again{again}"
     return str(error).strip()
-
-
-def _was_sent(error: BaseException) -> bool:
-    """Whether a broken connection may have taken a commit along: it was not the connecting that failed."""
-    request = getattr(error, "_request", None)
-    return type(error).__name__ != "ConnectError" and request is not None and "create_pr=1" in str(request.url)

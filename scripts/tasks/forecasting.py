@@ -12,7 +12,7 @@ from transformers import AutoModelForTimeSeriesPrediction, EvalPrediction, defau
 
 import scripts.baselines  # noqa: F401  registers the models that a recipe can name
 from modeling_rtransformer.configuration_rtransformer import nearest
-from scripts.metrics import load_metric
+from scripts.metrics import METRIC_FUNCTIONS
 from scripts.tasks.prepared import Prepared, spread
 
 
@@ -124,10 +124,7 @@ def forecast_metrics(prediction: EvalPrediction, *, metrics: Sequence[str]) -> d
     """The named metrics of all forecasts, over all steps and channels alike."""
     sums = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
     count = int(np.prod(np.shape(prediction.label_ids)))
-    result: dict[str, float] = {}
-    for name in metrics:
-        result |= load_metric(name).compute(error=[sums[METRICS.index(name)]], count=[count])
-    return result
+    return {name: METRIC_FUNCTIONS[name](sums[METRICS.index(name)], count) for name in metrics}
 
 
 def _check(recipe) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoModelForAudioFrameClassification, EvalPrediction
 
 from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.data.sources.piano_roll import key_names
-from scripts.metrics import load_metric
+from scripts.metrics import METRIC_FUNCTIONS
 from scripts.tasks.prepared import Prepared
 
 
@@ -146,10 +146,7 @@ def frame_metrics(prediction: EvalPrediction, *, metrics: Sequence[str]) -> dict
     """Metrics from the summed likelihoods of the rows and the labels they belong to."""
     frames = int((prediction.label_ids[..., 0] != IGNORED).sum())
     nll = np.asarray(prediction.predictions, dtype=np.float64).sum()
-    result: dict[str, float] = {}
-    for name in metrics:
-        result |= load_metric(name).compute(nll=[nll], count=[frames])
-    return result
+    return {name: METRIC_FUNCTIONS[name](nll=[nll], count=[frames]) for name in metrics}
 
 
 def _check(recipe) -> None:

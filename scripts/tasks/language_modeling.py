@@ -25,7 +25,7 @@ from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.data.streaming import StreamedWindows
 from scripts.data.tokenization import build_tokenizer, characters_per_token
 from scripts.data.windows import IGNORED, TokenStream, Windows
-from scripts.metrics import load_metric
+from scripts.metrics import METRIC_FUNCTIONS
 from scripts.tasks.prepared import Prepared, spread
 
 
@@ -181,11 +181,12 @@ def language_metrics(
     nll = np.asarray(prediction.predictions, dtype=np.float64)
     result = {}
     if "perplexity" in metrics:
-        result |= load_metric("perplexity").compute(nll=[nll.sum()], count=[len(scored)])
+        result["perplexity"] = METRIC_FUNCTIONS["perplexity"](nll=[nll.sum()], count=[len(scored)])
     if "bits_per_character" in metrics:
         escapes = ESCAPE_NATS * int((scored == unknown_id).sum()) if unknown_id is not None else 0.0
         count = int(np.asarray(characters)[scored].sum())
-        result |= load_metric("bits_per_character").compute(nll=[nll.sum() + escapes], count=[count])
+        nll = [nll.sum() + escapes]
+        result["bits_per_character"] = METRIC_FUNCTIONS["bits_per_character"](nll=nll, count=[count])
     return result
 
 

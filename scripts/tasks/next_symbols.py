@@ -17,7 +17,7 @@ from transformers import AutoModelForAudioFrameClassification, EvalPrediction
 
 from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.data.sources.regular_languages import AUTOMATA, BINS, END, Automaton
-from scripts.metrics import load_metric
+from scripts.metrics import METRIC_FUNCTIONS
 from scripts.tasks.prepared import Prepared
 
 
@@ -88,15 +88,12 @@ def string_metrics(prediction: EvalPrediction, *, metrics: Sequence[str]) -> dic
     """
     right, lengths, nats = np.asarray(prediction.predictions, dtype=np.float64).T
     short = lengths <= BINS[0][1]
-    accuracy = load_metric("string_accuracy")
-    values = {
-        "string_accuracy": lambda: accuracy.compute(right=right[short])["string_accuracy"],
-        "string_accuracy_long": lambda: accuracy.compute(right=right[~short])["string_accuracy"],
-        "nats_per_frame": lambda: load_metric("nats_per_frame").compute(nll=nats[short], count=lengths[short])[
-            "nats_per_frame"
-        ],
+    inputs = {
+        "string_accuracy": {"right": right[short]},
+        "string_accuracy_long": {"right": right[~short]},
+        "nats_per_frame": {"nll": nats[short], "count": lengths[short]},
     }
-    return {name: values[name]() for name in metrics}
+    return {name: METRIC_FUNCTIONS[name.removesuffix("_long")](**inputs[name]) for name in metrics}
 
 
 def _check(recipe) -> None:

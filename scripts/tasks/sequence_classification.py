@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Value
 from transformers import (
@@ -18,7 +17,7 @@ from transformers import (
 
 from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.data.tokenization import build_tokenizer
-from scripts.metrics import load_metric
+from scripts.metrics import METRIC_FUNCTIONS
 from scripts.tasks.prepared import Prepared, spread
 
 
@@ -130,12 +129,7 @@ def predicted_class(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 def classification_metrics(prediction: EvalPrediction, *, metrics: Sequence[str]) -> dict[str, float]:
     """The named metrics of the predicted classes."""
-    result: dict[str, float] = {}
-    for name in metrics:
-        result |= load_metric(name).compute(
-            predictions=np.asarray(prediction.predictions), references=np.asarray(prediction.label_ids)
-        )
-    return result
+    return {name: float(METRIC_FUNCTIONS[name](prediction.label_ids, prediction.predictions)) for name in metrics}
 
 
 def _check(recipe, train: Dataset) -> None:

@@ -1,9 +1,9 @@
 """
-Where examples come from, one module a source.
+Sources of examples, one module for each.
 
-A source has `Options`, a frozen dataclass of its settings in `[data]`, and `load(options)`, which gives a
+A source has `Options`, a frozen dataclass of its settings in `[data]`, and `load(options)`, which returns a
 `DatasetDict` with the splits `train`, `validation` and `test`. The columns are `text` or `input_values`, and `label`;
-`values` for a sequence that is its own label; any names for the channels of a series, one row a time step.
+`values` for a sequence that is its own label; for a time series one column a channel and one row a step.
 """
 
 from scripts.data.sources import (

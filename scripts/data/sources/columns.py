@@ -1,8 +1,41 @@
-"""What every source of a user's own data checks: rows in each split, and the columns that the recipe names."""
+"""Settings and checks that all sources of a user's own data share."""
+
+import dataclasses
 
 from datasets import Dataset, DatasetDict, IterableDataset
 
 from modeling_rtransformer.configuration_rtransformer import nearest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TableOptions:
+    """
+    Args:
+        held_out: the share of the training data for each split without data of its own.
+        seed: draws the held-out rows of a table.
+        text_column, label_column: names of the columns; a text file has only `text`.
+        streaming: read `train` during training, which allows any size; `validation` and `test` need data of their own.
+        shuffle_documents: documents of a stream that are held in memory, tokenised and shuffled together.
+    """
+
+    held_out: float = 0.1
+    seed: int = 0
+    text_column: str = "text"
+    label_column: str | None = None
+    streaming: bool = False
+    shuffle_documents: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 < self.held_out < 0.5:
+            raise ValueError(f"`data.held_out` must be above 0 and below 0.5, got {self.held_out}")
+        if self.shuffle_documents < 1:
+            raise ValueError(f"`data.shuffle_documents` must be at least 1, got {self.shuffle_documents}")
+        for split in ("validation", "test"):
+            if self.streaming and not getattr(self, split):
+                raise ValueError(
+                    f"`data.{split}` is missing; nothing can be held out from a stream, so name data for it, or leave "
+                    "out `data.streaming`"
+                )
 
 
 def require_rows(splits: DatasetDict) -> None:
@@ -16,45 +49,33 @@ def require_rows(splits: DatasetDict) -> None:
             )
 
 
-def check_stream(options) -> None:
-    """Refuse settings of a source that do not go with `streaming`."""
-    if options.shuffle_documents < 1:
-        raise ValueError(f"`data.shuffle_documents` must be at least 1, got {options.shuffle_documents}")
-    for split in ("validation", "test"):
-        if options.streaming and not getattr(options, split):
-            raise ValueError(
-                f"`data.{split}` is missing; nothing can be held out from a stream, so name data for it, or leave out "
-                "`data.streaming`"
-            )
+def require_column(kind: str, column: str, split: str, columns: list[str]) -> None:
+    """Refuse a `data.text_column` or `data.label_column` that a split does not have."""
+    if column not in columns:
+        raise ValueError(
+            f"`data.{kind}_column` is {column!r}, but the {split} split has the columns {', '.join(columns)}"
+            f"{nearest(column, columns)}"
+        )
 
 
 def select_stream_columns(stream: IterableDataset, *, text: str) -> IterableDataset:
-    """Keep the column that the recipe names as `data.text_column`, as `text`; its cells are checked as they come."""
-    names = stream.column_names or list(next(iter(stream), {text: None}))
-    if text not in names:
-        raise ValueError(
-            f"`data.text_column` is {text!r}, but the train split has the columns {', '.join(names)}"
-            f"{nearest(text, names)}"
-        )
+    """Keep the column `data.text_column`, as `text`; its cells are checked when they are read."""
+    require_column("text", text, "train", stream.column_names or list(next(iter(stream), {text: None})))
     stream = stream.select_columns([text])
     return stream if text == "text" else stream.rename_column(text, "text")
 
 
 def select_columns(splits: DatasetDict, *, text: str, label: str | None) -> DatasetDict:
-    """Keep the columns that the recipe names as `data.text_column` and `data.label_column`, as `text` and `label`."""
+    """Keep the columns `data.text_column` and `data.label_column`, as `text` and `label`."""
     wanted = {"text": text} if label is None else {"text": text, "label": label}
     for split, dataset in splits.items():
         for ours, theirs in wanted.items():
-            if theirs not in dataset.column_names:
-                raise ValueError(
-                    f"`data.{ours}_column` is {theirs!r}, but the {split} split has the columns "
-                    f"{', '.join(dataset.column_names)}{nearest(theirs, dataset.column_names)}"
-                )
+            require_column(ours, theirs, split, dataset.column_names)
             empty = dataset.data.column(theirs).null_count
             if empty:
                 raise ValueError(
-                    f"`data.{ours}_column` {theirs!r} has {empty} empty cells in the {split} split; fill them or leave "
-                    "their rows out"
+                    f"`data.{ours}_column` {theirs!r} has {empty} empty cells in the {split} split; fill them or "
+                    "remove these rows"
                 )
         kind = dataset.features[text].dtype
         if kind not in ("string", "large_string"):
@@ -67,7 +88,7 @@ def select_columns(splits: DatasetDict, *, text: str, label: str | None) -> Data
 
 
 def hold_out(splits: dict[str, Dataset], share: float, seed: int) -> DatasetDict:
-    """Fill the splits that are missing with `share` of the training rows each, drawn at random with `seed`."""
+    """Fill each missing split with `share` of the training rows, drawn at random with `seed`."""
     missing = [split for split in ("validation", "test") if split not in splits]
     size = round(share * len(splits["train"]))
     for split in missing:

@@ -2,7 +2,7 @@
 The 8 x 8 images of handwritten digits that scikit-learn ships, read pixel by pixel. Needs no download.
 
 One example is `input_values` of shape (64, 1), brightness from 0 to 1 in reading order, and its `label`. 80 % of the
-1,797 images are for training, 10 % each for validation and test, every digit in equal shares, always the same ones.
+1,797 images are for training, 10 % each for validation and test, stratified by digit; the split is always the same.
 """
 
 import dataclasses

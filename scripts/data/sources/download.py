@@ -1,20 +1,17 @@
 """
-A file of a public data set: a copy of the user's, or downloaded once, checked and kept in the Hugging Face cache.
+Find a file of a public data set: a local copy, or a download, which is checked and kept in the Hugging Face cache.
 
-A copy is named in the recipe (`data.file`, `data.folder`), or lies anywhere in the folder that the environment variable
-RTRANSFORMER_DATA names, by its public name, packed (`.gz`) or not.
+A recipe names a local copy as `data.file` or `data.folder`. Without these, a file of the public name, with or without
+`.gz`, is searched for in the folder that the environment variable RTRANSFORMER_DATA names and in the folders below it.
 """
 
 import gzip
-import hashlib
 import os
-import shutil
 import sys
-import tempfile
-import urllib.request
 import zlib
 from pathlib import Path
 
+import torch
 from huggingface_hub import constants
 
 
@@ -23,15 +20,15 @@ def local_or_downloaded(file: str | None, *, url: str, sha256: str, field: str =
     The path of a data file.
 
     Args:
-        file: a copy that lies here; it is taken as it is, so it may be another file of the same format.
+        file: a local copy. Its checksum is not compared, so it may be another file of the same format.
         field: the setting that names the copy, for errors.
-        url: where the public file is, at a revision that does not change.
+        url: the address of the public file, at a revision that does not change.
         sha256: of the public file's content; a download that differs is deleted.
 
     Raises:
-        FileNotFoundError: `file` is not there.
+        FileNotFoundError: `file` does not exist.
         ConnectionError: the file is not in the cache and cannot be fetched.
-        ValueError: what was fetched is not the file that is expected.
+        ValueError: the download has another checksum.
     """
     if file is not None:
         path = Path(file).expanduser()
@@ -50,8 +47,8 @@ def local_or_downloaded(file: str | None, *, url: str, sha256: str, field: str =
 
 def in_folder_or_downloaded(folder: str | None, *, url: str, sha256: str) -> Path:
     """
-    The same for one of several files: a copy is looked for in `folder` (`data.folder`) by its name at `url`,
-    with or without `.gz` at its end.
+    The path of one of several data files: a copy in `folder` (`data.folder`) or below it that has the file name of
+    `url`, with or without `.gz`; downloaded if `folder` is None.
     """
     if folder is None:
         return local_or_downloaded(None, url=url, sha256=sha256, field="data.folder")
@@ -63,7 +60,7 @@ def in_folder_or_downloaded(folder: str | None, *, url: str, sha256: str) -> Pat
 
 
 def _copy(folder: str | None, name: str) -> Path | None:
-    """The file of that name in the folder or below, with or without `.gz` at its end."""
+    """The file with this name, with or without `.gz`, in the folder or below it."""
     names = (name, f"{name}.gz", name.removesuffix(".gz"))
     found = [path for name in names for path in sorted(Path(folder).expanduser().rglob(name))] if folder else []
     return next((path for path in found if path.is_file()), None)
@@ -71,10 +68,10 @@ def _copy(folder: str | None, name: str) -> Path | None:
 
 def read_bytes(path: Path) -> bytes:
     """
-    What a file holds, unpacked if its name ends in `.gz`.
+    The content of a file, decompressed if its name ends in `.gz`.
 
     Raises:
-        ValueError: it is no whole gzip file.
+        ValueError: the gzip file is damaged.
     """
     if path.suffix != ".gz":
         return path.read_bytes()
@@ -85,22 +82,15 @@ def read_bytes(path: Path) -> bytes:
 
 
 def _download(url: str, sha256: str, path: Path, field: str) -> None:
-    """Fetch to a name of its own first: a file under its final name is whole and checked."""
-    instead = f"name a copy of yours as `{field}`"
+    """Fetch `url` to `path`, which exists only when it is complete and has the checksum."""
+    remedy = f"name a copy of yours as `{field}`"
     if constants.HF_HUB_OFFLINE:
-        raise ConnectionError(f"{url} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; {instead}")
+        raise ConnectionError(f"{url} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it; {remedy}")
     path.parent.mkdir(parents=True, exist_ok=True)
     print(f"downloading {url}", file=sys.stderr)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
-        try:
-            with urllib.request.urlopen(url, timeout=60) as response:
-                shutil.copyfileobj(response, partial)
-            partial.close()
-            found = hashlib.sha256(Path(partial.name).read_bytes()).hexdigest()
-            if found != sha256:
-                raise ValueError(f"{url} has changed: its SHA-256 is {found}, not {sha256}; {instead}")
-            os.replace(partial.name, path)
-        except OSError as error:
-            raise ConnectionError(f"{url} cannot be fetched ({error}); {instead}") from error
-        finally:
-            Path(partial.name).unlink(missing_ok=True)
+    try:
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256, progress=sys.stderr.isatty())
+    except OSError as error:
+        raise ConnectionError(f"{url} cannot be fetched ({error}); {remedy}") from error
+    except RuntimeError as error:  # another checksum
+        raise ValueError(f"{url} has changed: {error}; {remedy}") from error

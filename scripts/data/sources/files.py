@@ -1,12 +1,11 @@
 """
 Local files: text, CSV, JSON lines or Parquet.
 
-A text file is one document in UTF-8, read whole; any line end is read as a line feed. Where no file is named for
-validation or test, a share of the training data is held out: the end of each text, cut at a line end, or random rows of
-a table.
+A text file is one document in UTF-8; all line ends are read as line feeds. If no file is named for validation or test,
+a share of the training data is held out: the end of each text, cut at a line end, or random rows of a table.
 
-With `streaming` the training files are read while training, again and again, and nothing of them is kept. A text file
-is cut at line ends into documents of at least 64 Ki characters then.
+With `streaming` the training files are read during training, in every pass anew, and are not cached. A text file is
+then cut at line ends into documents of at least 64 Ki characters.
 """
 
 import dataclasses
@@ -19,7 +18,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.data.sources.columns import (
-    check_stream,
+    TableOptions,
     hold_out,
     require_rows,
     select_columns,
@@ -38,20 +37,17 @@ FORMATS = {
     ".jsonl": "json",
     ".parquet": "parquet",
 }
-PIECE = 1 << 16  # characters of a text file that are one document of a stream
+PIECE = 1 << 16  # characters of a text file in one document of a stream
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(TableOptions):
     """
+    Further settings are those of [`TableOptions`].
+
     Args:
         train, validation, test: a file or a list of files, relative to the working directory.
         format: `text`, `csv`, `json` (lines) or `parquet`; by the suffix of the first training file if left out.
-        held_out: the share of the training data for each split without files of its own.
-        seed: draws the held-out rows of a table.
-        text_column, label_column: names of the columns; a text file has only `text`.
-        streaming: read `train` while training, which takes any size; `validation` and `test` need files of their own.
-        shuffle_documents: documents of a stream that are held, tokenised and shuffled together.
     """
 
     source: str
@@ -59,21 +55,10 @@ class Options:
     validation: str | list[str] | None = None
     test: str | list[str] | None = None
     format: Literal["text", "csv", "json", "parquet"] | None = None
-    held_out: float = 0.1
-    seed: int = 0
-    text_column: str = "text"
-    label_column: str | None = None
-    streaming: bool = False
-    shuffle_documents: int = 256
-
-    def __post_init__(self) -> None:
-        if not 0 < self.held_out < 0.5:
-            raise ValueError(f"`data.held_out` must be above 0 and below 0.5, got {self.held_out}")
-        check_stream(self)
 
 
 def load(options: Options) -> DatasetDict:
-    """Read the files, hold out what is missing and keep the columns that the recipe names."""
+    """Read the files, hold out missing splits and keep the columns that the recipe names."""
     paths = {split: _paths(options, split) for split in ("train", "validation", "test")}
     paths = {split: names for split, names in paths.items() if names}
     kind = options.format or _format(paths["train"][0])
@@ -86,8 +71,8 @@ def load(options: Options) -> DatasetDict:
     except (DatasetGenerationError, ValueError) as error:
         names = ", ".join(sum(read_now.values(), []))
         raise ValueError(
-            f"`data`: {names} cannot be read as {kind} ({error.__cause__ or error}); mend the file, or "
-            "name its kind as `data.format`"
+            f"`data`: {names} cannot be read as {kind} ({error.__cause__ or error}); correct the file, "
+            "or name its format as `data.format`"
         ) from error
     if options.streaming:
         require_rows(splits)
@@ -117,7 +102,7 @@ def _paths(options: Options, split: str) -> list[str]:
                 f"{nearest(str(path), beside)}"
             )
         if path.stat().st_size == 0:
-            raise ValueError(f"`data.{split}` names {name!r}, which is empty; give it text or leave it out")
+            raise ValueError(f"`data.{split}` names {name!r}, which is empty; add text to the file or leave it out")
     return [str(Path(name).expanduser()) for name in names]
 
 
@@ -125,13 +110,13 @@ def _format(path: str) -> str:
     suffix = Path(path).suffix.lower()
     if suffix not in FORMATS:
         raise ValueError(
-            f"`data.format` is missing, and the suffix of {path!r} does not tell; it is one of {', '.join(FORMATS)}"
+            f"`data.format` is missing, and the suffix of {path!r} is unknown; known suffixes are {', '.join(FORMATS)}"
         )
     return FORMATS[suffix]
 
 
 def _stream(kind: str, paths: list[str], settings: dict[str, str], text_column: str) -> IterableDataset:
-    """The training rows as they are read; each file is a shard."""
+    """The stream of training rows; each file is a shard."""
     if kind == "text":
         return IterableDataset.from_generator(
             read_pieces, gen_kwargs={"paths": paths}, features=Features({"text": Value("string")})
@@ -141,7 +126,7 @@ def _stream(kind: str, paths: list[str], settings: dict[str, str], text_column: 
 
 
 def read_pieces(paths: list[str]) -> Iterator[dict[str, str]]:
-    """Text files in pieces of 64 Ki characters, each up to the end of its last line; no longer than twice that."""
+    """Text files in pieces of 64 to 128 Ki characters that end at a line end if there is one."""
     for path in paths:
         with open(path, encoding="utf-8") as file:
             while piece := file.read(PIECE):
@@ -161,7 +146,7 @@ def _hold_out_ends(splits: dict[str, Dataset], share: float) -> DatasetDict:
 
 
 def _part(batch: dict[str, list[str]], start: float, end: float) -> dict[str, list[str]]:
-    """What lies between two shares of the lines of each text, if anything does."""
+    """The lines of each text from the share `start` to the share `end`; texts without such lines are left out."""
     parts = []
     for text in batch["text"]:
         lines = text.splitlines(keepends=True)

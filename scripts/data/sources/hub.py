@@ -1,4 +1,4 @@
-"""A dataset of the Hugging Face Hub, by its name. Needs the network the first time."""
+"""A dataset of the Hugging Face Hub by name. Needs the network the first time."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ from datasets import DatasetDict, load_dataset
 
 from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.data.sources.columns import (
-    check_stream,
+    TableOptions,
     hold_out,
     require_rows,
     select_columns,
@@ -15,15 +15,15 @@ from scripts.data.sources.columns import (
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class Options(TableOptions):
     """
+    Further settings are those of [`TableOptions`]; of a streamed dataset only `validation` and `test` are downloaded.
+
     Args:
         dataset: the name on the Hub, such as `ag_news`, or a local dataset folder.
-        config: the dataset's configuration, if it has several.
-        revision: a tag or commit, so that the run can be repeated.
-        train, validation, test: names of its splits; one left empty is held out from train.
-        held_out, seed, text_column, label_column, streaming, shuffle_documents: as for files; of a stream nothing but
-            `validation` and `test` is fetched beforehand.
+        config: the dataset's configuration, if there are several.
+        revision: a tag or commit, for reproducible runs.
+        train, validation, test: names of the dataset's splits; an empty one is held out from `train`.
     """
 
     source: str
@@ -33,19 +33,10 @@ class Options:
     train: str = "train"
     validation: str = ""
     test: str = ""
-    held_out: float = 0.1
-    seed: int = 0
-    text_column: str = "text"
-    label_column: str | None = None
-    streaming: bool = False
-    shuffle_documents: int = 256
-
-    def __post_init__(self) -> None:
-        check_stream(self)
 
 
 def load(options: Options) -> DatasetDict:
-    """Fetch the dataset, or find it in the cache."""
+    """Download the dataset, or read it from the cache."""
     source = {"path": options.dataset, "name": options.config, "revision": options.revision}
     found = load_dataset(**source, streaming=options.streaming)
     splits = {}

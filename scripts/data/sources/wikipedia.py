@@ -1,9 +1,9 @@
 """
-enwik8 and text8: the first 10^8 bytes of the English Wikipedia of March 2006, as they are (XML), and as words of a-z.
+enwik8 and text8: the first 10^8 bytes of the English Wikipedia of March 2006, unchanged (XML) and as words of a-z.
 
-By convention the last 5,000,000 are the test split, the 5,000,000 before them the validation split. Each byte is one
-character of `text` (Latin-1), so that bits per character are bits per byte. A document is 100,000 of them: the `<eos>`
-behind each costs bits but counts as no character, which makes a figure greater by some 0.0001.
+By convention the last 5,000,000 bytes are the test split and the 5,000,000 before them the validation split. Each byte
+is one character of `text` (Latin-1), so bits per character are bits per byte. A document has 100,000 bytes; the `<eos>`
+after each document costs bits but is not counted as a character, which increases a score by about 0.0001.
 
 Source: Mahoney 2006, "Large Text Compression Benchmark", mattmahoney.net/dc/textdata.html.
 """
@@ -30,9 +30,9 @@ DOCUMENT = 100_000  # bytes
 class Options:
     """
     Args:
-        dataset: `enwik8` or `text8`, fetched once.
-        file: a copy, the zip archive or what is in it; any other text may stand in its place.
-        max_train_bytes: the first part of the training split alone, for a try.
+        dataset: `enwik8` or `text8`, downloaded once.
+        file: a local copy of the zip archive or of its content; any other text is accepted too.
+        max_train_bytes: only the first bytes of the training split, for a test.
     """
 
     source: str
