@@ -120,6 +120,14 @@ def test_an_argument_that_no_model_has_is_refused(model_class, name, meant, ids)
         model(**inputs, **{name: None})
 
 
+def test_shift_labels_are_the_targets_in_place_of_labels(ids):
+    model = make(RTransformerForCausalLM)
+    targets = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
+    expected = model(ids, labels=ids).loss
+    torch.testing.assert_close(model(ids, labels=torch.zeros_like(ids), shift_labels=targets).loss, expected)
+    assert model(ids, labels=ids, shift_labels=ids).loss != expected
+
+
 def test_a_newer_version_than_the_newest_tested_says_so_once(log):
     warn_if_untested(NEWEST_TESTED + ".1")
     assert log.text == ""
