@@ -93,7 +93,7 @@ class RTransformerAttention(nn.Module):
             value = value * sequence.padding_mask[:, None, :, None].to(value.dtype)
         positions = None
         if cache is not None:
-            # Read before `update`, which counts on in place.
+            # Read before `update`, which may increase this length in place.
             past_length = cache.get_seq_length(self.layer_idx)
             positions = past_length + torch.arange(input_shape[1], device=hidden_states.device)
             if isinstance(past_length, int) and past_length == 0:
@@ -121,7 +121,7 @@ class RTransformerAttention(nn.Module):
             if weights is not None:  # the definition, from the matrix
                 weights = self.recurrence.mixing_matrix(weights, positions, sequence.segment_ids, shard)
                 output = (weights @ value_states).transpose(1, 2)
-            else:  # without a past the queries are all positions there are, also in a cache with room for more
+            else:  # without a past the queries are all keys, although a static cache returns room for more
                 values = value if positions is None else value_states
                 output = self.recurrence(output, values, positions, sequence.segment_ids, shard)
         return self.o_proj(output.reshape(*input_shape, -1)), weights

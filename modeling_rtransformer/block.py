@@ -30,9 +30,9 @@ from .positions import SequenceInfo
 
 class OriginalLayerNorm(nn.LayerNorm):
     """
-    weight * (x - mean) / (unbiased standard deviation + eps) + bias over the last dimension, the LayerNorm of the
-    published R-Transformer code. It is `nn.LayerNorm` with a weight sqrt((D - 1) / D) times as large, up to eps, which
-    shows where the standard deviation is small: at the embeddings.
+    weight * (x - mean) / (unbiased standard deviation + eps) + bias over the last dimension: the LayerNorm of the
+    published R-Transformer code. Apart from eps it equals `nn.LayerNorm` with the weight times sqrt((D - 1) / D). The
+    eps makes a difference where the standard deviation is small, as at the embeddings.
     """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -49,10 +49,10 @@ def make_layer_norm(config: RTransformerConfig) -> nn.LayerNorm:
 
 def wait_for_offloaded(cache: Cache | None, layer_idx: int, device: torch.device) -> None:
     """
-    Have what an offloading cache keeps for a block back on its device before the block reads it.
+    Wait until an offloading cache has the state of a block back on the block's device.
 
-    The cache brings it back on a stream of its own and waits for that stream when keys and values are added, which is
-    after the windows were read; in a model of one block it does not wait at all.
+    The cache copies the state back on a stream of its own, and waits for that stream when keys and values are added.
+    This is too late for the LocalRNN windows, which are read before. In a model of one block the cache never waits.
     """
     if cache is not None and cache.offloading and layer_idx < len(cache.layers):
         torch.cuda.current_stream(device).wait_stream(cache.prefetch_stream)

@@ -1,10 +1,10 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
 """
-What a model's repository on the Hub consists of, and a callback that keeps the pushes of `Trainer` to it.
+The files of a model's repository on the Hub, and a callback that limits the pushes of `Trainer` to them.
 
-`save_pretrained` and `push_to_hub` of a model write the code beside the weights by themselves. `Trainer` does so with
-its last push; the pushes during training copy only the weights, and all of them take `training_args.bin` along, a
-pickle with the paths and the Hub token that the training was given. [`HubFilesCallback`] mends both.
+`save_pretrained` and `push_to_hub` of a model write the code beside the weights. `Trainer` does so only with its last
+push: pushes during training have the weights without the code. Every push of `Trainer` also has `training_args.bin`, a
+pickle that holds the paths and the Hub token of the training. [`HubFilesCallback`] mends both.
 """
 
 from pathlib import Path
@@ -16,9 +16,9 @@ from transformers.dynamic_module_utils import custom_object_save
 WEIGHT_FILES = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 REPORT_FILES = ("README.md", "results.json", "curve.json", "curve.png", "gates.png", "training.toml")
-# Everything that is ever pushed, as patterns for the root of the repository; what is not named here stays at home.
+# Everything that is pushed, as patterns for the root of the repository; files that match none are never pushed.
 HUB_FILES = ("config.json", "generation_config.json", "*.py", *WEIGHT_FILES, *TOKENIZER_FILES, *REPORT_FILES)
-# Files that can run code when they are read. They are never pushed, and deleted where an older push has left them.
+# Files that can run code when they are read. They are never pushed, and a push deletes those of an older one.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
 
@@ -32,9 +32,9 @@ class HubFilesCallback(TrainerCallback):
     For `Trainer(args=TrainingArguments(push_to_hub=True, ...), callbacks=[HubFilesCallback()])`: every push carries the
     code, and nothing but [`HUB_FILES`].
 
-    What is left out is said in a `.gitignore` in the output folder, to which `huggingface_hub` keeps: no pickle, so no
-    optimizer state either, and no data that happen to lie there. It is pushed itself, since the Hub goes by the one in
-    the repository when `Trainer` pushes a whole checkpoint into a folder of its own.
+    It writes a `.gitignore` into the output folder, which `huggingface_hub` obeys and which excludes all other files:
+    pickles, and with them the optimizer state, and data. The `.gitignore` is pushed too, because the Hub obeys the one
+    in the repository when `Trainer` pushes a complete checkpoint into a subfolder.
     """
 
     def on_push_begin(self, args, state, control, model=None, **kwargs):

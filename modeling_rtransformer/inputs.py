@@ -1,5 +1,5 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
-"""What a model reads: ids and numbers, checked, and embedded by the one layer that reads them."""
+"""The input of a model: checks of ids and shapes, and the embedding."""
 
 # B batch, T positions of this call, D hidden size, F numbers of a position
 
@@ -10,8 +10,8 @@ from transformers.utils.import_utils import is_tracing
 
 def check_ids(name: str, ids: torch.Tensor, size: int, what: str) -> None:
     """
-    Raise a ValueError that names the first id outside [0, size); negative labels (-100) are ignored. Done on the CPU
-    alone, where looking at a value costs nothing; an accelerator would have to wait for it.
+    Raise a ValueError that names an id outside [0, size); a label of -100 is valid. Only ids on a CPU are checked:
+    reading values of an accelerator would make it wait.
     """
     if ids.device.type != "cpu" or is_tracing(ids) or ids.numel() == 0:
         return

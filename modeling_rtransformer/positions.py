@@ -1,6 +1,6 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
 """
-Where each position of a batch stands: in which packed sequence, at which place in it, and the sinusoids of that place.
+The positions of a batch: the packed sequence of each, its place in that sequence, and the sinusoids of the place.
 """
 
 # B batch, T positions of this call, L positions with the past, D hidden size
@@ -54,9 +54,9 @@ def packed_segment_ids(
     of one sequence, or None if every row is one sequence. Any one of the three descriptions is enough.
 
     Args:
-        position_ids (`(B or 1, L)`, *optional*): positions that do not go on by one begin a sequence.
+        position_ids (`(B or 1, L)`, *optional*): a position that is not its predecessor plus one begins a sequence.
         seq_idx (`(B or 1, L)`, *optional*): the ids themselves.
-        cu_seq_lens (`(sequences + 1,)`, *optional*): where each sequence begins in the only row, and the length.
+        cu_seq_lens (`(sequences + 1,)`, *optional*): the first position of each sequence in the one row, and the length.
     """
     if seq_idx is not None:
         return seq_idx.expand(batch, -1)
