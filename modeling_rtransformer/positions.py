@@ -56,7 +56,7 @@ def packed_segment_ids(
     Args:
         position_ids (`(B or 1, L)`, *optional*): a position that is not its predecessor plus one begins a sequence.
         seq_idx (`(B or 1, L)`, *optional*): the ids themselves.
-        cu_seq_lens (`(sequences + 1,)`, *optional*): the first position of each sequence in the one row, and the length.
+        cu_seq_lens (`(sequences + 1,)`, *optional*): the first position of each sequence in the one row; last, L.
     """
     if seq_idx is not None:
         return seq_idx.expand(batch, -1)
