@@ -261,8 +261,8 @@ def test_what_is_scored_during_training_is_spread_over_the_split(kind, rows, pla
         ('report.compressors=["gzip"]', "`report.compressors` is for language_modeling"),
         ("data.label_column=sort", "`data.label_column` is 'sort', but the train split has the columns body, kind"),
         ('task.labels=["apple", "bread"]', "label 'cheese' in row .* is outside the 2 classes"),
-        ("task.max_length=0", "`task.max_length` must be at least 1, got 0"),
-        ("task.max_eval_rows=0", "`task.max_eval_rows` must be at least 1, got 0"),
+        ("task.max_length=0", "`task.max_length` must be greater than 0, or left out, got 0"),
+        ("task.max_eval_rows=0", "`task.max_eval_rows` must be greater than 0, or left out, got 0"),
     ],
 )
 def test_what_does_not_fit_the_table_is_named(tmp_path, setting, message):
