@@ -132,16 +132,16 @@ class Recipe:
 
     name: str
     model: Mapping[str, Any]
+    sections: Mapping[str, Mapping[str, Any]]
+    tokenizer: TokenizerOptions | None
+    overrides: tuple[str, ...]
     task: Any
     data: Any
-    tokenizer: TokenizerOptions | None
     training: Mapping[str, Any]
     schedule: Schedule
     averaging: Averaging
     budget: Budget
     report: Report
-    sections: Mapping[str, Mapping[str, Any]]
-    overrides: tuple[str, ...] = ()
 
     def config(self, **values: Any) -> PreTrainedConfig:
         """The model's config: `config.json`, completed by what the task found in the data."""
@@ -164,7 +164,15 @@ class Recipe:
         (folder / "training.toml").write_text("\n".join(lines), encoding="utf-8")
 
 
-SECTIONS = ("task", "data", "tokenizer", "training", "schedule", "averaging", "budget", "report")
+# The sections that are the same for all tasks and sources; `Training` only checks, TrainingArguments come later.
+SETTINGS = {
+    "training": Training,
+    "schedule": Schedule,
+    "averaging": Averaging,
+    "budget": Budget,
+    "report": Report,
+}
+SECTIONS = ("task", "data", "tokenizer", *SETTINGS)
 
 
 def add_overrides(
@@ -229,24 +237,15 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for name in set(NOT_IN_A_RECIPE) & set(sections.get("training", {})):
         raise ValueError(f"`training.{name}` is not a setting of a recipe; {NOT_IN_A_RECIPE[name]}")
 
-    def section(kind: type, name: str) -> Any:
-        return read(kind, sections.get(name, {}), f"{name}.")
-
-    section(Training, "training")  # checked here; TrainingArguments itself is made when training begins
-    result = Recipe(
-        name=folder.name,
-        model=model,
-        task=section(_chosen(sections, "task", "name", TASKS).Options, "task"),
-        data=section(_chosen(sections, "data", "source", SOURCES).Options, "data"),
-        tokenizer=section(TokenizerOptions, "tokenizer") if "tokenizer" in sections else None,
-        training={**TRAINING_DEFAULTS, **sections.get("training", {})},
-        schedule=section(Schedule, "schedule"),
-        averaging=section(Averaging, "averaging"),
-        budget=section(Budget, "budget"),
-        report=section(Report, "report"),
-        sections=sections,
-        overrides=tuple(overrides),
-    )
+    kinds = {
+        "task": _chosen(sections, "task", "name", TASKS).Options,
+        "data": _chosen(sections, "data", "source", SOURCES).Options,
+        **SETTINGS,
+    }
+    settings = {name: read(kind, sections.get(name, {}), f"{name}.") for name, kind in kinds.items()}
+    settings["training"] = {**TRAINING_DEFAULTS, **sections.get("training", {})}
+    tokenizer = read(TokenizerOptions, sections["tokenizer"], "tokenizer.") if "tokenizer" in sections else None
+    result = Recipe(folder.name, model, sections, tokenizer, tuple(overrides), **settings)
     result.config()  # the config class checks its values
     _check_stream(result)
     return result
