@@ -25,12 +25,11 @@ IGNORED = -100
 class Options:
     """
     Args:
-        window: cut the training pieces into rows of so many predicted frames; whole pieces if left out. Pieces are
-            scored whole.
-        transpose: move each training row up or down by as many keys as chance says, at most so many, anew in each
-            epoch; scored pieces stay as they are.
-        loss: `mean` over all labels of a batch, or their `sum`, which weighs a batch by its length: the learning rate
-            of the one is not that of the other.
+        window: predicted frames of a training row; whole pieces if left out. Scored pieces are not cut.
+        transpose: shift each training row by a random number of keys up or down, at most this many, drawn anew in each
+            epoch; scored pieces are not shifted.
+        loss: `mean` over all labels of a batch, or their `sum`, which weights a batch by its length. The two need
+            different learning rates.
     """
 
     name: str

@@ -45,12 +45,12 @@ class Options:
     Args:
         window: tokens of a training row; a row predicts all of them but its first.
         stride: tokens between the beginnings of two training rows; `window - 1` if left out: each is predicted once.
-        train_once: with a smaller stride too, each token is predicted in one row alone, the first that has it.
+        train_once: predict each token only in the first row that holds it, also with a smaller stride.
         eval_window, eval_stride: the same for scoring, where a token is scored only in the first row that predicts it;
             a smaller stride gives more context to each. `window` and half of it if left out.
         max_eval_rows: rows scored at an evaluation during training, spread over the split; all if left out.
-        documents: `joined`, where a row goes on across the end of a document, or `separate`: rows are filled just so,
-            but nothing of a document reaches the next one.
+        documents: `joined`: a row continues into the next document; `separate`: the rows are the same, but attention
+            and recurrences stop at the end of a document.
     """
 
     name: str

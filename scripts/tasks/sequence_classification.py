@@ -29,9 +29,9 @@ METRICS = ("accuracy", "f1")
 class Options:
     """
     Args:
-        labels: names of the classes in order; those of the training data, sorted, if left out. Integer labels are
-            places in this list.
-        max_length: keep the first tokens of a longer text; all if left out.
+        labels: names of the classes in order; those of the training data, sorted, if left out. An integer label is an
+            index into this list.
+        max_length: cut longer texts to their first so many tokens; no limit if left out.
         max_eval_rows: rows scored at an evaluation during training, spread over the split; all if left out.
     """
 
