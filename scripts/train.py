@@ -6,17 +6,19 @@ Train a recipe, keep its best checkpoint and score it on held-out data.
     python -m scripts.train stdlib-code --resume
     accelerate launch --config_file configuration/accelerate/fsdp2.yaml -m scripts.train stdlib-code
 
-A recipe is a folder of configuration/ by name, or any folder with a config.json and a training.toml. The run goes to
-runs/<recipe>, or --output-dir: checkpoint-<step>/ while it trains, and final/ at the end, which has the best model, its
-tokenizer, results.json, curve.json, curve.png and training.toml. final/ is a recipe itself, and what evaluate.py and
-generate.py take. Progress goes to stderr. The last line of stdout is the result, the JSON of results.json on one line.
-SIGTERM and Ctrl-C save the step that is being made and end with 143 and 130; --resume goes on from there.
-docs/SCALING.md has the ways to launch several processes. With --set training.push_to_hub=true (and
-training.hub_model_id) the checkpoints go to the Hub as they are made, and final/ with its card at the end.
+RECIPE is the name of a folder in configuration/, or the path of any folder with a config.json and a training.toml. The
+run is written to runs/RECIPE, or --output-dir: checkpoint-STEP/ during training, and final/ at the end, with the best
+model, its tokenizer, results.json, curve.json, curve.png and training.toml. final/ is a recipe itself, and evaluate and
+generate take it. Progress is printed on stderr. The last line of stdout is the result, the JSON of results.json on one
+line. On SIGTERM and Ctrl-C the current step is finished and saved, and the exit status is 143 and 130; --resume
+continues from there. docs/SCALING.md describes the ways to launch several processes. With --set
+training.push_to_hub=true (and training.hub_model_id) the checkpoints are pushed to the Hub as they are made, and final/
+with its model card at the end.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -24,11 +26,11 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
 from scripts.data.streaming import StreamedWindows, StreamError, StreamState
 from scripts.push_to_hub import push
@@ -36,22 +38,21 @@ from scripts.results.plots import curve, plot_curve
 from scripts.results.provenance import commit, machine, versions
 from scripts.sharing.upload import PushError
 from scripts.tasks.prepared import Prepared
-from scripts.training.averaging import WeightAverage
+from scripts.training.averaging import average_callbacks
 from scripts.training.budget import CLOCKS, EpochDrops, TimeBudget
-from scripts.training.checkpoints import newest_complete, put_in_place, restore_callbacks
+from scripts.training.checkpoints import MarkComplete, newest_complete, replace_folder, restore_callbacks
 from scripts.training.interruptions import (
+    InterruptionCallback,
     NotFinite,
-    Watch,
-    full_disk_explained,
-    meet_anew,
-    require_room,
+    explain_full_disk,
+    init_process_group_after_restart,
     require_writable,
     restart_count,
 )
 from scripts.training.launch import attach, make_model, set_up, whole_model
 from scripts.training.profiling import ProfileCallback
 from scripts.training.recipe import Recipe, add_overrides, read_recipe
-from scripts.training.trainer import make_trainer, score
+from scripts.training.trainer import RecipeTrainer, make_trainer, score
 
 
 SMALLER_IS_BETTER = {"bits_per_character", "perplexity", "nats_per_frame", "mse", "mae"}
@@ -60,21 +61,21 @@ SMALLER_IS_BETTER = {"bits_per_character", "perplexity", "nats_per_frame", "mse"
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", help="a folder of configuration/ by name, or the path of a recipe")
-    parser.add_argument("--output-dir", type=Path, help="where the run goes; runs/<recipe> if left out")
+    parser.add_argument("--output-dir", type=Path, help="where the run is written; runs/RECIPE if left out")
     add_overrides(parser)
-    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of the run")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint of the run")
     parser.add_argument("--profile", type=int, metavar="STEPS", help="profile so many steps; writes profile.json")
     return parser.parse_args(arguments)
 
 
 def prepare_output(output_dir: Path, resume: bool) -> Path | None:
-    """The checkpoint to resume from, if any; refuses to write over another run."""
-    if resume or restart_count():  # a restart goes on with its own run
+    """The checkpoint to resume from, if any; refuses a folder that holds another run."""
+    if resume or restart_count():  # a restart continues its own run
         checkpoint = newest_complete(output_dir)
         if checkpoint is None:
-            print(f"no whole checkpoint in {output_dir}; training starts anew", file=sys.stderr)
+            print(f"no complete checkpoint in {output_dir}; training starts from the beginning", file=sys.stderr)
         return checkpoint
-    first = int(os.environ.get("RANK", 0)) == 0  # the others may come after it has begun to write
+    first = int(os.environ.get("RANK", 0)) == 0  # the others may look after it has begun to write
     if first and output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise ValueError(
             f"`--output-dir` {output_dir} is not empty; add --resume to go on with that run, name another, or remove it"
@@ -89,63 +90,72 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     return TrainingArguments(output_dir=str(output_dir), **{**chosen, **recipe.training})
 
 
-def result_of(trainer: Trainer, prepared: Prepared, recipe: Recipe, seconds: Mapping[str, float]) -> dict:
-    """Score the trained model and gather what there is to say about the run."""
-    metrics = {split: score(trainer, prepared, split, recipe.report.metrics) for split in ("validation", "test")}
-    metrics["test"].update(prepared.compare("test"))
-    state = trainer.state
-    return {
-        "recipe": recipe.name,
-        "overrides": list(recipe.overrides),
-        "metrics": metrics,
-        "parameters": trainer.accelerator.unwrap_model(trainer.model).num_parameters(),
-        "tokens_seen": state.num_input_tokens_seen // trainer.get_tp_size(),  # a row once, however many share it
-        "steps": state.global_step,
-        "best_step": state.best_global_step,
-        "wall_seconds": {"training": seconds["wall"]},
-        "processor_seconds": {"training": seconds["processor"]},
-        "seed": trainer.args.seed,
-        "processes": trainer.args.world_size,
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
-    }
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A training that is ready to begin. `make` makes a new, whole model; `checkpoint` is the one to resume from."""
+
+    recipe: Recipe
+    output_dir: Path
+    checkpoint: Path | None
+    prepared: Prepared
+    make: Callable[[], PreTrainedModel]
+    trainer: RecipeTrainer
+    budget: TimeBudget
+    interruption: InterruptionCallback
 
 
-def save_final(
-    model: PreTrainedModel, trainer: Trainer, prepared: Prepared, recipe: Recipe, result: dict, folder: Path
-) -> None:
-    """Write the final model with all that belongs to it beside `folder`, then rename it to `folder` at once."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    if hasattr(recipe.config(), "use_cache"):
-        model.config.use_cache = recipe.config().use_cache  # Trainer switches it off
-    elif hasattr(model.config, "use_cache"):  # or makes one up
-        del model.config.use_cache
-    model.save_pretrained(partial)
-    if prepared.tokenizer is not None:
-        prepared.tokenizer.save_pretrained(partial)
-    recipe.save(partial)
-    metric = recipe.report.metrics[0]
-    rows = curve(trainer.state.log_history, metric)
-    for name, content in (("results.json", result), ("curve.json", rows)):
-        (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    plot_curve(rows, metric, partial / "curve.png")
-    put_in_place(partial, folder)
+def prepare(options: argparse.Namespace) -> Run:
+    """
+    Read the recipe and the data, make the model and the trainer.
+
+    Raises:
+        ValueError, OSError: a setting, the data, the output folder or the launch settings are not valid.
+    """
+    recipe = read_recipe(options.recipe, options.overrides)
+    output_dir = options.output_dir or Path("runs") / recipe.name
+    checkpoint = prepare_output(output_dir, options.resume)
+    require_writable(output_dir)
+    init_process_group_after_restart(recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
+    args = training_arguments(recipe, output_dir)
+    set_up(args, options.resume, checkpoint)
+    averages = average_callbacks(recipe.averaging.decay, args, checkpoint)
+    with args.main_process_first(desc="preparing the data"):  # the others find it in the cache
+        prepared = recipe.prepare(tokenizer=None, splits=("train", "validation", "test"))
+    set_seed(args.seed)
+    make = functools.partial(prepared.auto_class.from_config, recipe.config(**prepared.config_values))
+    model = make_model(make)
+    budget = TimeBudget(recipe.budget.max_seconds, recipe.budget.clock)
+    interruption = InterruptionCallback(prepared.tokenizer)
+    callbacks = [EpochDrops(recipe.schedule.drop_every_epochs, recipe.schedule.drop_factor), budget, interruption]
+    if recipe.budget.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(recipe.budget.early_stopping_patience))
+    if isinstance(prepared.datasets["train"], StreamedWindows):
+        callbacks.append(StreamState())
+    if options.profile is not None:
+        callbacks.append(ProfileCallback(options.profile, output_dir))
+    if checkpoint is not None:
+        restore_callbacks(callbacks, checkpoint)
+    trainer = make_trainer(model, args, prepared, callbacks=callbacks)
+    attach(trainer)
+    for callback in (*averages, MarkComplete()):  # each comes after all that it has to come after
+        trainer.add_callback(callback)
+    return Run(recipe, output_dir, checkpoint, prepared, make, trainer, budget, interruption)
 
 
-def push_final(trainer: Trainer, folder: Path) -> None:
-    """Put the final model with its card in place of what was pushed during training; the run is saved already."""
-    options = {"private": bool(trainer.args.hub_private_repo), "revision": trainer.args.hub_revision}
+def train(run: Run) -> None:
+    """Train to the end; exits where a signal, a number that is not finite, or a full disk ends it before."""
     try:
-        print(f"pushed to {push(folder, trainer.hub_model_id, **options)['url']}", file=sys.stderr)
-    except (PushError, ValueError, OSError) as error:
-        sys.exit(f"error: {error}. The run is saved in {folder}; push it with python -m scripts.push_to_hub")
+        with run.interruption.handle_signals(), explain_full_disk(run.output_dir):
+            run.trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
+    except (NotFinite, StreamError) as error:
+        sys.exit(f"error: {error}")
+    if run.interruption.signal is not None:
+        run.trainer.accelerator.end_training()
+        exit_after_signal(run.interruption.signal, run.trainer.state.global_step, run.output_dir)
 
 
-def stopped_by(number: signal.Signals, step: int, output_dir: Path) -> NoReturn:
-    """End as a shell says that a signal ended a program: with 128 and its number."""
+def exit_after_signal(number: signal.Signals, step: int, output_dir: Path) -> NoReturn:
+    """Exit with 128 and the signal's number, as shells do for a program that a signal ended."""
     print(
         f"{number.name}: stopped after step {step}, which is saved in {output_dir / f'checkpoint-{step}'}; go on with "
         "the same command and --resume",
@@ -154,60 +164,95 @@ def stopped_by(number: signal.Signals, step: int, output_dir: Path) -> NoReturn:
     sys.exit(128 + number)
 
 
+def finish(run: Run, began: float) -> dict | None:
+    """
+    Score the model, save it with its results and push it if asked for.
+
+    Args:
+        began: when the program began, by `time.monotonic`.
+
+    Returns:
+        The result on the main process, None on the others.
+    """
+    trainer, final = run.trainer, run.output_dir / "final"
+    result = result_of(run)
+    result["wall_seconds"]["total"] = round(time.monotonic() - began, 1)
+    model = whole_model(trainer, run.make)
+    if model is not None:
+        with explain_full_disk(run.output_dir):
+            save_final(run, model, result, final)
+        if trainer.args.push_to_hub:
+            push_final(trainer, final)
+    trainer.accelerator.end_training()
+    return result if model is not None else None
+
+
+def result_of(run: Run) -> dict:
+    """Score the trained model and gather the facts about the run."""
+    trainer, prepared, metrics = run.trainer, run.prepared, run.recipe.report.metrics
+    scores = {split: score(trainer, prepared, split, metrics) for split in ("validation", "test")}
+    scores["test"].update(prepared.compare("test"))
+    seconds = {clock: {"training": round(run.budget.seconds_by(clock), 1)} for clock in CLOCKS}
+    return {
+        "recipe": run.recipe.name,
+        "overrides": list(run.recipe.overrides),
+        "metrics": scores,
+        "parameters": trainer.accelerator.unwrap_model(trainer.model).num_parameters(),
+        # Each process counts the rows it reads, and those that share rows count them once each.
+        "tokens_seen": trainer.state.num_input_tokens_seen // trainer.get_tp_size(),
+        "steps": trainer.state.global_step,
+        "best_step": trainer.state.best_global_step,
+        "wall_seconds": seconds["wall"],
+        "processor_seconds": seconds["processor"],
+        "seed": trainer.args.seed,
+        "processes": trainer.args.world_size,
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+    }
+
+
+def save_final(run: Run, model: PreTrainedModel, result: dict, folder: Path) -> None:
+    """Write the final model and its files to a folder beside `folder`, then rename that to `folder`."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    config = run.recipe.config()
+    if hasattr(config, "use_cache"):
+        model.config.use_cache = config.use_cache  # Trainer sets it to False
+    elif hasattr(model.config, "use_cache"):  # or adds it to a config that has none
+        del model.config.use_cache
+    model.save_pretrained(partial)
+    if run.prepared.tokenizer is not None:
+        run.prepared.tokenizer.save_pretrained(partial)
+    run.recipe.save(partial)
+    metric = run.recipe.report.metrics[0]
+    rows = curve(run.trainer.state.log_history, metric)
+    for name, content in (("results.json", result), ("curve.json", rows)):
+        (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    plot_curve(rows, metric, partial / "curve.png")
+    replace_folder(folder, partial)
+
+
+def push_final(trainer: RecipeTrainer, folder: Path) -> None:
+    """Push the saved final model with its card, replacing what was pushed during training."""
+    options = {"private": bool(trainer.args.hub_private_repo), "revision": trainer.args.hub_revision}
+    try:
+        print(f"pushed to {push(folder, trainer.hub_model_id, **options)['url']}", file=sys.stderr)
+    except (PushError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}. The run is saved in {folder}; push it with python -m scripts.push_to_hub")
+
+
 def main(arguments: list[str] | None = None) -> dict | None:
     """Train; the result on the main process, None on the others."""
-    started = time.monotonic()
+    began = time.monotonic()
     options = parse_arguments(arguments)
     try:
-        recipe = read_recipe(options.recipe, options.overrides)
-        output_dir = options.output_dir or Path("runs") / recipe.name
-        checkpoint = prepare_output(output_dir, options.resume)
-        require_writable(output_dir)
-        meet_anew(recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
-        args = training_arguments(recipe, output_dir)
-        averaged = recipe.averaging.decay is not None
-        set_up(args, options.resume, checkpoint, averaged)
-        with args.main_process_first(desc="preparing the data"):  # the others find it in the cache
-            prepared = recipe.prepare(tokenizer=None, splits=("train", "validation", "test"))
-        set_seed(args.seed)
-        make = functools.partial(prepared.auto_class.from_config, recipe.config(**prepared.config_values))
-        model = make_model(make)
-        require_room(output_dir, model, args, averaged)
-        profiling = [ProfileCallback(options.profile, output_dir)] if options.profile is not None else []
+        run = prepare(options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    budget, watch = TimeBudget(recipe.budget.max_seconds, recipe.budget.clock), Watch(prepared.tokenizer)
-    drops = EpochDrops(recipe.schedule.drop_every_epochs, recipe.schedule.drop_factor)
-    callbacks = [drops, budget, watch, *profiling]
-    if averaged:
-        callbacks.append(WeightAverage(recipe.averaging.decay))
-    if recipe.budget.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(recipe.budget.early_stopping_patience))
-    if isinstance(prepared.datasets["train"], StreamedWindows):
-        callbacks.append(StreamState())
-    if checkpoint is not None:
-        restore_callbacks(callbacks, checkpoint)
-    trainer = make_trainer(model, args, prepared, callbacks=callbacks)
-    attach(trainer)
-    try:
-        with watch.signals(), full_disk_explained(output_dir, model, averaged):
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (NotFinite, StreamError) as error:
-        sys.exit(f"error: {error}")
-    if watch.signal is not None:
-        trainer.accelerator.end_training()
-        stopped_by(watch.signal, trainer.state.global_step, output_dir)
-    seconds = {clock: round(budget.seconds_by(clock), 1) for clock in CLOCKS}
-    result = result_of(trainer, prepared, recipe, seconds)
-    result["wall_seconds"]["total"] = round(time.monotonic() - started, 1)
-    model = whole_model(trainer, make)
-    if trainer.is_world_process_zero():
-        with full_disk_explained(output_dir, model):
-            save_final(model, trainer, prepared, recipe, result, output_dir / "final")
-        if args.push_to_hub:
-            push_final(trainer, output_dir / "final")
-    trainer.accelerator.end_training()
-    return result if trainer.is_world_process_zero() else None
+    train(run)
+    return finish(run, began)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from transformers import TrainerCallback, TrainingArguments
 
 from modeling_rtransformer import RTransformerForCausalLM
 from scripts import evaluate, train
-from scripts.training.averaging import UNAVERAGED, WeightAverage
-from scripts.training.launch import set_up
+from scripts.training.averaging import UNAVERAGED, WeightAverage, average_callbacks
+from scripts.training.checkpoints import COMPLETE
 from scripts.training.trainer import RecipeTrainer
 from tests.conftest import tiny_config
 from tests.test_trainer import pad, rows
@@ -94,7 +94,7 @@ def trained(folder, callbacks, **options):
 def test_the_average_takes_in_the_weights_once_a_step(tmp_path, accumulated):
     recorder = Recorder()
     batch = {"per_device_train_batch_size": 2 // accumulated, "gradient_accumulation_steps": accumulated}
-    model = trained(tmp_path, [WeightAverage(DECAY), recorder], **batch).model
+    model = trained(tmp_path, [recorder, WeightAverage(DECAY)], **batch).model
     assert len(recorder.weights) == 5
     first, *after = recorder.weights
     for name, weight in model.named_parameters():
@@ -108,7 +108,7 @@ def test_the_average_takes_in_the_weights_once_a_step(tmp_path, accumulated):
 
 def test_each_evaluation_and_checkpoint_has_the_average_and_training_has_not(tmp_path):
     recorder, plain = Recorder(), Recorder()
-    trainer = trained(tmp_path / "averaged", [WeightAverage(DECAY), recorder])
+    trainer = trained(tmp_path / "averaged", [recorder, WeightAverage(DECAY)])
     other = trained(tmp_path / "plain", [plain])
     for ours, theirs in zip(recorder.weights, plain.weights, strict=True):
         assert all(torch.equal(ours[name], weight) for name, weight in theirs.items())
@@ -135,17 +135,6 @@ def test_after_training_the_average_stays(tmp_path):
     assert not (tmp_path / "saved" / UNAVERAGED).exists()
 
 
-def test_a_failed_evaluation_leaves_the_weights_of_training(tmp_path):
-    average = WeightAverage(DECAY)
-    average.begin(model := RTransformerForCausalLM(tiny_config()))
-    with torch.no_grad():
-        model.lm_head.weight.fill_(3.0)
-    with pytest.raises(KeyboardInterrupt), average.in_place():
-        assert not (model.lm_head.weight == 3.0).any()
-        raise KeyboardInterrupt
-    assert (model.lm_head.weight == 3.0).all()
-
-
 def test_the_best_checkpoint_is_what_a_run_gives(run):
     folder, result = run
     first, *_ = evaluations(folder)
@@ -164,14 +153,15 @@ def test_without_a_best_checkpoint_a_run_gives_the_last_average(recipe, run, tmp
     assert result["metrics"]["validation"]["bits_per_character"] == pytest.approx(last["bits_per_character"])
 
 
-@pytest.mark.parametrize("harm", [False, True], ids=["whole", "newest-lacks-the-weights"])
+@pytest.mark.parametrize("harm", [False, True], ids=["complete", "newest-is-incomplete"])
 def test_a_resumed_run_is_to_the_bit_the_one_that_was_not_stopped(recipe, run, tmp_path, harm, caplog):
     for step in (4, 8):
         shutil.copytree(run[0] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
     if harm:
         (tmp_path / "checkpoint-8" / UNAVERAGED).unlink()
+        (tmp_path / "checkpoint-8" / COMPLETE).unlink()
     run_of(recipe, tmp_path, "training.greater_is_better=true", resume=True)
-    assert ("checkpoint-8 is damaged" in caplog.text) == harm
+    assert ("checkpoint-8 is passed over" in caplog.text) == harm
     assert losses(tmp_path) == losses(run[0])
     for name in ("checkpoint-12/model.safetensors", f"checkpoint-12/{UNAVERAGED}", "final/model.safetensors"):
         assert_equal_weights(tmp_path / name, run[0] / name)
@@ -180,10 +170,10 @@ def test_a_resumed_run_is_to_the_bit_the_one_that_was_not_stopped(recipe, run, t
 def test_a_run_goes_on_with_an_average_if_it_was_begun_with_one(recipe, run, tmp_path):
     shutil.copytree(run[0] / "checkpoint-4", tmp_path / "averaged" / "checkpoint-4")
     plain = [str(recipe), "--set", "training.max_steps=4"]
-    with pytest.raises(SystemExit, match="checkpoint-4 is of a run with `averaging.decay`; go on with the recipe of"):
+    with pytest.raises(SystemExit, match="checkpoint-4 is of a run with `averaging.decay`; resume with the recipe of"):
         train.main([*plain, "--output-dir", str(tmp_path / "averaged"), "--resume"])
     train.main([*plain, "--output-dir", str(tmp_path / "plain")])
-    with pytest.raises(SystemExit, match="checkpoint-4 is of a run without `averaging.decay`; go on with the recipe"):
+    with pytest.raises(SystemExit, match="checkpoint-4 is of a run without `averaging.decay`; resume with the recipe"):
         run_of(recipe, tmp_path / "plain", resume=True)
 
 
@@ -191,9 +181,9 @@ def test_a_run_goes_on_with_an_average_if_it_was_begun_with_one(recipe, run, tmp
     "variable", ["ACCELERATE_USE_FSDP=true", "ACCELERATE_USE_DEEPSPEED=true", "PARALLELISM_CONFIG_CP_SIZE=2"]
 )
 def test_weights_that_are_shared_out_are_not_averaged(monkeypatch, variable):
-    args = SimpleNamespace(world_size=1, fsdp=None, deepspeed=None)
-    set_up(args, resume=False, checkpoint=None, averaged=True)
+    args = SimpleNamespace(fsdp=None, deepspeed=None)
+    assert len(average_callbacks(DECAY, args, checkpoint=None)) == 1
     monkeypatch.setenv(*variable.split("="))
-    set_up(args, resume=False, checkpoint=None)
-    with pytest.raises(ValueError, match="`averaging.decay` is for one process, or several with DDP.*; leave it out"):
-        set_up(args, resume=False, checkpoint=None, averaged=True)
+    assert average_callbacks(None, args, checkpoint=None) == []
+    with pytest.raises(ValueError, match="`averaging.decay` needs all weights in each process: .* DDP.*; leave it out"):
+        average_callbacks(DECAY, args, checkpoint=None)

@@ -18,7 +18,7 @@ from scripts.data.windows import IGNORED
 from scripts.sharing.folder import public_recipe, public_results
 from scripts.tasks.language_modeling import Options as LanguageModeling
 from scripts.training.budget import EpochDrops
-from scripts.training.recipe import read_recipe
+from scripts.training.recipe import read, read_recipe
 
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -138,8 +138,8 @@ class TestMnist:
 
     @pytest.mark.parametrize(("setting", "value"), [("permutation_seed", -1), ("max_train_rows", 0)])
     def test_wrong_settings_are_refused(self, setting, value):
-        with pytest.raises(ValueError, match=rf"`data.{setting}` must be at least \d, got {value}"):
-            mnist.Options("mnist", **{setting: value})
+        with pytest.raises(ValueError, match=rf"`data.{setting}` must be greater than .*, got {value}"):
+            read(mnist.Options, {"source": "mnist", setting: value}, "data.")
 
     @pytest.mark.parametrize("name", ["pixel-mnist", "pixel-mnist-paper"])
     def test_its_recipes_start(self, tmp_path, name):

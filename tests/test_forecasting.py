@@ -228,10 +228,10 @@ def test_channels_can_be_read_together(run, tmp_path):
         ('report.metrics=["rmse"]', "`report.metrics` of forecasting are of mse, mae, got 'rmse'; did you mean `mse`"),
         ('report.compressors=["gzip"]', "`report.compressors` is for language_modeling"),
         ("tokenizer.kind=character", r"section `\[tokenizer\]` is for text"),
-        ("task.prediction_length=0", "`task.prediction_length` must be at least 1, got 0"),
+        ("task.prediction_length=0", "`task.prediction_length` must be greater than 0, got 0"),
         ("task.prediction_length=31", "`task.prediction_length` must be at most the 30 steps of the validation part"),
         ("task.context_length=208", "must fit into the 210 steps of the training part together, got 208 . 3"),
-        ("data.dataset=ETTh3", "`data.dataset` must be of type .*, got 'ETTh3'"),
+        ("data.dataset=ETTh3", "`data.dataset` must be 'ETTh1', .* or 'table', got 'ETTh3'"),
         ("data.file=missing.csv", "`data.file` names 'missing.csv', which is not a file"),
     ],
 )

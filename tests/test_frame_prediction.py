@@ -262,9 +262,9 @@ def test_the_sum_as_loss_takes_the_step_that_the_mean_takes_with_a_rate_for_its_
         ('report.compressors=["gzip"]', "`report.compressors` is for language_modeling"),
         ("tokenizer.kind=character", r"section `\[tokenizer\]` is for text"),
         ("model.is_causal=false", "`is_causal` must be True for frame_prediction"),
-        ("task.window=0", "`task.window` must be at least 1"),
-        ("task.loss=total", "`task.loss` must be of type .*, got 'total'"),
-        ("data.dataset=Nottingam", "`data.dataset` must be of type .*, got 'Nottingam'"),
+        ("task.window=0", "`task.window` must be greater than 0, or left out, got 0"),
+        ("task.loss=total", "`task.loss` must be 'mean' or 'sum', got 'total'"),
+        ("data.dataset=Nottingam", "`data.dataset` must be 'Nottingham' or 'JSB_Chorales', got 'Nottingam'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(tmp_path, setting, message):

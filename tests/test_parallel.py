@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from modeling_rtransformer import RTransformerConfig, RTransformerForCausalLM
 from modeling_rtransformer.head_shard import HeadShard
 from scripts import train
-from scripts.training.checkpoints import damage, is_sharded_checkpoint
-from scripts.training.launch import set_up
+from scripts.training.checkpoints import COMPLETE
+from scripts.training.launch import is_sharded_checkpoint, set_up
 from scripts.training.recipe import read_recipe, recipe_names
 from tests.launching import IN_FLOAT32, SETTINGS, environment, work
 from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
@@ -223,26 +223,11 @@ def test_a_sharded_checkpoint_is_merged_into_a_model(two, tmp_path):
         assert torch.equal(merged[name], weight), name
 
 
-@pytest.mark.parametrize("harm", ["cut", "emptied", "missing"])
-def test_a_damaged_shard_is_named(two, tmp_path, harm):
-    whole = two / "fsdp2" / "checkpoint-4"
-    assert is_sharded_checkpoint(whole) and damage(whole) is None
-    paths = [
-        path.relative_to(whole)
-        for path in whole.rglob("*")
-        if path.suffix not in (".py", "") or path.name == ".metadata"
-    ]
-    paths = [path for path in paths if path.name != "config.json"]
-    assert len(paths) == 10, paths
-    for path in paths:
-        copy = shutil.copytree(whole, tmp_path / path.name / path.parent.name)
-        content = (copy / path).read_bytes()
-        (copy / path).unlink() if harm == "missing" else (copy / path).write_bytes(
-            content[: int(0.6 * len(content)) if harm == "cut" else 0]
-        )
-        if harm == "missing" and path.name.startswith("rng_state"):
-            continue  # how many there were is written nowhere, and Trainer goes on without
-        assert damage(copy) is not None, path
+def test_checkpoints_are_marked_as_complete_where_they_can_be_resumed_from(two):
+    assert is_sharded_checkpoint(two / "fsdp2" / "checkpoint-4")
+    for name in ("ddp", "averaged", "fsdp2"):
+        assert all((folder / COMPLETE).is_file() for folder in (two / name).glob("checkpoint-*")), name
+    assert not list((two / "tensor-parallel").glob(f"checkpoint-*/{COMPLETE}"))  # without the optimizer
 
 
 def test_a_run_of_two_processes_goes_on_with_one(recipe, one, two, tmp_path):
@@ -260,7 +245,7 @@ def assert_same_run_after(step, ours, theirs):
 
 def test_a_sharded_run_does_not_go_on_without_sharding(recipe, two, tmp_path):
     run = copy_until(two / "fsdp2", tmp_path / "run", step=2)
-    with pytest.raises(SystemExit, match="is of a run with FSDP; go on with the launcher's settings of then"):
+    with pytest.raises(SystemExit, match="is of a run with FSDP; resume with the launch settings of that run"):
         train.main([str(recipe), "--output-dir", str(run), "--resume", *with_settings(*STEPS)])
 
 

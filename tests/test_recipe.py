@@ -79,26 +79,26 @@ def test_a_recipe_is_frozen(recipe):
     [
         (
             "training.learning_rat=1",
-            "`training.learning_rat` is not a field of TrainingArguments; did you mean `learning_rate`",
+            "`training.learning_rat` is not a setting; did you mean `learning_rate`",
         ),
-        ("training.learning_rate=fast", "`training.learning_rate` must be of type float, got 'fast'"),
+        ("training.learning_rate=fast", "`training.learning_rate` must be a valid number, or left out, got 'fast'"),
         ("training.output_dir=x", "use --output-dir"),
         ("task.windw=3", "`task.windw` is not a setting; did you mean `window`"),
         ("task.window=1", "`task.window` must be at least 2, got 1"),
-        ("task.window=2.5", "`task.window` must be of type int, got 2.5"),
+        ("task.window=2.5", "`task.window` must be a valid integer, got 2.5"),
         ("task.eval_stride=33", r"`task.eval_stride` must be from 1 to `eval_window` - 1 \(32\), got 33"),
         ("task.name=language_modelling", "`task.name` must be one of .*; did you mean `language_modeling`"),
         ("data.source=file", "`data.source` must be one of .*, got 'file'; did you mean `files`"),
         ("data.tran=x.txt", "`data.tran` is not a setting; did you mean `train`"),
-        ("data.held_out=0.7", "`data.held_out` must be above 0 and below 0.5, got 0.7"),
-        ("tokenizer.kind=charakter", "`tokenizer.kind` must be of type .*character.*, got 'charakter'"),
+        ("data.held_out=0.7", "`data.held_out` must be less than 0.5, got 0.7"),
+        ("tokenizer.kind=charakter", "`tokenizer.kind` must be 'character', 'word' or 'byte_bpe', got 'charakter'"),
         ("budget.max_second=3", "`budget.max_second` is not a setting; did you mean `max_seconds`"),
-        ("budget.max_seconds=0", "`budget.max_seconds` must be above 0, or left out for no limit, got 0"),
-        ("averaging.decay=1", "`averaging.decay` must be above 0 and below 1, or left out for no average, got 1"),
-        ("averaging.decay=0.0", "`averaging.decay` must be above 0 and below 1, or left out for no average, got 0.0"),
-        ("averaging.decay=slow", r"`averaging.decay` must be of type float \| None, got 'slow'"),
+        ("budget.max_seconds=0", "`budget.max_seconds` must be greater than 0, or left out, got 0"),
+        ("averaging.decay=1", "`averaging.decay` must be less than 1, or left out, got 1"),
+        ("averaging.decay=0.0", "`averaging.decay` must be greater than 0, or left out, got 0.0"),
+        ("averaging.decay=slow", "`averaging.decay` must be a valid number, or left out, got 'slow'"),
         ("averaging.deca=0.9", "`averaging.deca` is not a setting; did you mean `decay`"),
-        ("report.metrics=accuracy", r"`report.metrics` must be of type list\[str\], got 'accuracy'"),
+        ("report.metrics=accuracy", "`report.metrics` must be a valid list, got 'accuracy'"),
         ("model.hiden_size=3", "`model.hiden_size` is not a field of the model's config; did you mean `hidden_size`"),
         ("model.hidden_size=21", "`hidden_size` must be divisible by `num_attention_heads`"),
         ("model.model_type=rtransfomer", "`model_type` of config.json must be a model type.*, got 'rtransfomer'"),
@@ -128,7 +128,7 @@ def test_unknown_and_missing_sections_are_refused(recipe):
 def test_a_needed_setting_that_is_missing_is_named(recipe):
     path = recipe / "training.toml"
     path.write_text("\n".join(line for line in path.read_text().splitlines() if not line.startswith("train =")))
-    with pytest.raises(ValueError, match="`data.train` is missing from training.toml"):
+    with pytest.raises(ValueError, match="`data.train` is missing, and it has no default"):
         read_recipe(recipe)
 
 

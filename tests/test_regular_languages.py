@@ -209,8 +209,8 @@ def test_the_recipe_learns_and_its_model_scores_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("data.language=tomita-8", "`data.language` must be of type .*, got 'tomita-8'"),
-        ("data.train=0", "`data.train` must be at least 1, got 0"),
+        ("data.language=tomita-8", "`data.language` must be 'tomita-1', .* or 'd-12', got 'tomita-8'"),
+        ("data.train=0", "`data.train` must be greater than 0, got 0"),
         ('report.metrics=["string_acuracy"]', "`report.metrics` of next_symbols are of .* did you mean `string_acc"),
         ('report.compressors=["gzip"]', "`report.compressors` is for language_modeling"),
         ("tokenizer.kind=character", r"section `\[tokenizer\]` is for text"),

@@ -120,16 +120,20 @@ def test_a_cell_is_the_mean_of_its_seeds_and_their_spread(tables):
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("metrics =", "metrik =", r"`metrik` in \[tiny\] of tables.toml is not known; did you mean `metrics`"),
-        ('title = "Tiny"', "", r"`title` is missing in \[tiny\] of tables.toml"),
+        ("metrics =", "metrik =", r"`metrik` in \[tiny\] of tables.toml is not a setting; did you mean `metrics`"),
+        ('title = "Tiny"', "", r"`title` in \[tiny\] of tables.toml is missing"),
         ("[1.5, 1.25]", "[1.5]", r"`paper` of \[tiny\] .* each of the 2 columns; 'theirs' has 1"),
         (
             'suite = "test"',
             'suite = "test"\ncurves = "lang"',
-            "`curves` .* must be one of short, long, got 'lang'; did you",
+            r"`curves` of \[tiny\] must be a column, got 'lang'; did you mean `long`",
         ),
-        ('"long" = ["model', '"lang" = ["model', r"`columns` of \[tiny.rows\] 'RSA' .* got 'lang'; did you mean"),
-        ('baseline = "gru"', "base = 1", r"`base` in \[tiny.rows\] 'GRU' of tables.toml is not known"),
+        (
+            '"long" = ["model',
+            '"lang" = ["model',
+            r"`columns` of \[tiny.rows\] 'RSA' has an unknown 'lang'; did you mean `long`",
+        ),
+        ('baseline = "gru"', "base = 1", r"`base` in \[tiny.rows\] 'GRU' of tables.toml is not a setting"),
     ],
 )
 def test_a_table_that_is_not_as_it_must_be_is_refused(tables, old, new, message):

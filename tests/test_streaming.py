@@ -273,10 +273,10 @@ def test_another_number_of_processes_or_workers_is_refused(paths, tokenizer, rec
         (["training.max_steps=-1"], "`training.max_steps` must be above 0 where `data.streaming` is set, got -1"),
         (["task.train_once=true"], "`task.train_once` is not for `data.streaming`; leave one of them out"),
         (["data.test="], "`data.test` is missing; nothing can be held out from a stream"),
-        (["data.shuffle_documents=0"], "`data.shuffle_documents` must be at least 1, got 0"),
+        (["data.shuffle_documents=0"], "`data.shuffle_documents` must be greater than 0, got 0"),
         (["data.text_column=txt"], "`data.text_column` is 'txt', but the .* split has the columns text; did you mean"),
-        (["tokenizer.max_texts=0"], "`tokenizer.max_texts` must be at least 1, got 0"),
-        (["task.documents=apart"], "`task.documents` must be of type .*'apart'"),
+        (["tokenizer.max_texts=0"], "`tokenizer.max_texts` must be greater than 0, or left out, got 0"),
+        (["task.documents=apart"], "`task.documents` must be 'joined' or 'separate', got 'apart'"),
         (["task.name=sequence_classification"], "`task.window` is not a setting"),
     ],
 )

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from scripts import evaluate, generate, train
 from scripts.tasks.prepared import spread
 from scripts.training import budget
-from scripts.training.checkpoints import newest_complete
+from scripts.training.checkpoints import COMPLETE, newest_complete
 from tests.tiny_recipe import CLASSIFICATION, LANGUAGE_MODELING, write_recipe, write_table, write_text
 
 
@@ -142,9 +142,11 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(run, recipe, tmp_path, harm
     assert (tmp_path / "checkpoint-8").is_dir()
     if harm:
         shutil.copytree(tmp_path / "checkpoint-8", tmp_path / "checkpoint-9")
+        (tmp_path / "checkpoint-9" / COMPLETE).unlink()
         content = (tmp_path / "checkpoint-9" / "model.safetensors").read_bytes()
         (tmp_path / "checkpoint-9" / "model.safetensors").write_bytes(content[: len(content) // 2])
     result = train.main([str(recipe), "--output-dir", str(tmp_path), "--resume", "--set", "training.seed=3"])
+    assert ("checkpoint-9 is passed over" in caplog.text) == harm
     assert curve(tmp_path) == pytest.approx(curve(run[0]), rel=1e-5)
     assert result["metrics"]["test"] == pytest.approx(run[1]["metrics"]["test"], rel=1e-5)
 
@@ -152,16 +154,16 @@ def test_a_resumed_run_ends_as_if_it_had_not_stopped(run, recipe, tmp_path, harm
 def test_resuming_without_a_checkpoint_begins_anew(recipe, tmp_path, capsys):
     result = train.main([str(recipe), "--output-dir", str(tmp_path), "--resume", "--set", "training.max_steps=2"])
     assert result["steps"] == 2
-    assert "training starts anew" in capsys.readouterr().err
+    assert "training starts from the beginning" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_explained_and_the_last_whole_checkpoint_stays(recipe, tmp_path, monkeypatch):
-    save, usage = torch.save, shutil.disk_usage(tmp_path)._replace(free=100)
+    save, full = torch.save, shutil.disk_usage(tmp_path)._replace(free=100)
 
     def save_until_full(content, path, *arguments, **options):
         if "checkpoint-8" in str(path) and "optimizer" in str(path):
             Path(path).write_bytes(b"half")
-            monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)  # full only now: it had room at the start
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
             raise RuntimeError("unexpected pos 64 vs 0")
         save(content, path, *arguments, **options)
 
@@ -261,8 +263,8 @@ def test_what_is_scored_during_training_is_spread_over_the_split(kind, rows, pla
         ('report.compressors=["gzip"]', "`report.compressors` is for language_modeling"),
         ("data.label_column=sort", "`data.label_column` is 'sort', but the train split has the columns body, kind"),
         ('task.labels=["apple", "bread"]', "label 'cheese' in row .* is outside the 2 classes"),
-        ("task.max_length=0", "`task.max_length` must be at least 1, got 0"),
-        ("task.max_eval_rows=0", "`task.max_eval_rows` must be at least 1, got 0"),
+        ("task.max_length=0", "`task.max_length` must be greater than 0, or left out, got 0"),
+        ("task.max_eval_rows=0", "`task.max_eval_rows` must be greater than 0, or left out, got 0"),
     ],
 )
 def test_what_does_not_fit_the_table_is_named(tmp_path, setting, message):

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Literal
 
+from pydantic import PositiveInt
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -40,12 +41,10 @@ class Options:
     kind: Literal["character", "word", "byte_bpe"]
     vocab_size: int | None = None
     min_frequency: int = 1
-    max_texts: int | None = None
+    max_texts: PositiveInt | None = None
 
     def __post_init__(self) -> None:
         least = 256 + 2 if self.kind == "byte_bpe" else 4
-        if self.max_texts is not None and self.max_texts < 1:
-            raise ValueError(f"`tokenizer.max_texts` must be at least 1, got {self.max_texts}")
         if self.vocab_size is None and self.kind == "byte_bpe":
             raise ValueError("`tokenizer.vocab_size` is missing; byte_bpe needs it, such as 4096")
         if self.vocab_size is not None and self.vocab_size < least:

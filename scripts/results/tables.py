@@ -1,5 +1,5 @@
 """
-The tables of docs/RESULTS.md: what `configuration/tables.toml` asks for, and their text from what the runs gave.
+The tables of docs/RESULTS.md: the runs that `configuration/tables.toml` lists, and the Markdown made of their results.
 
 A table has rows (models), columns (settings of the task) and seeds; each row, column and seed is one run of a recipe.
 """
@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modeling_rtransformer.configuration_rtransformer import nearest
-from scripts.training.recipe import CONFIGURATION, parse_file, tomllib
+from scripts.training.recipe import CONFIGURATION, parse_file, read, refuse_unknown, tomllib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,16 +21,16 @@ class Row:
     One model.
 
     Args:
-        recipe: a recipe of its own; the table's if left out.
+        recipe: the recipe to train; the table's if left out.
+        seeds: one run each; the table's if left out, 1 if it has none.
         baseline: a model of the recipe's `baselines.toml`, at equal parameters; the recipe's own model if left out.
         set: overrides of the recipe, and of the baseline's.
-        columns: by the name of a column, more overrides for it alone.
-        seeds: the table's if left out.
+        columns: further overrides for single columns, by the column's name.
     """
 
     name: str
     recipe: str
-    seeds: list[int]
+    seeds: list[int] = dataclasses.field(default_factory=lambda: [1])
     baseline: str | None = None
     set: list[str] = dataclasses.field(default_factory=list)
     columns: dict[str, list[str]] = dataclasses.field(default_factory=dict)
@@ -43,7 +42,7 @@ class Run:
     One training.
 
     Args:
-        shared: the overrides of the table, the column and the seed, which all rows have.
+        shared: the overrides of the table, the column and the seed, the same in all rows.
     """
 
     table: str
@@ -59,7 +58,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """`table/row/column/seed-N`, fit for a path."""
+        """`table/row/column/seed-N`, usable as a path."""
         parts = (slug(part) for part in (self.table, self.row.name, self.column))
         return "/".join([*(part for part in parts if part), f"seed-{self.seed}"])
 
@@ -71,15 +70,18 @@ class Table:
 
     Args:
         title, about: heading, and a sentence or two on what is measured.
-        suite: the runs that are made together, such as `cpu`.
-        recipe: trained for every row.
-        metrics: the figures of a cell on the test split, one behind the other; curves show the first.
-        scale: what the figures are multiplied by, 100 for shares in percent.
-        set: overrides of every run.
-        columns: by name, overrides; one column without a name if left out.
-        curves: the column whose learning curves are drawn; the first if left out.
-        paper: by name, the figures that others report, one a column, as text.
+        suite: the group of tables that one `report --run` makes, such as `cpu`.
+        metrics: the figures of a cell on the test split, in this order; curves show the first.
         rows: [`Row`] by name.
+        digits: decimal places of the figures.
+        scale: factor of the figures, 100 for percent.
+        set: overrides of every run.
+        columns: overrides by the column's name; one column without a name if left out.
+        curves: the column whose learning curves are drawn; the first if left out.
+        paper: figures that others report, one for each column, by the name of the row.
+
+    Raises:
+        ValueError: `curves` or a row names no column, or `paper` has not one figure for each column.
     """
 
     name: str
@@ -95,6 +97,19 @@ class Table:
     curves: str | None = None
     paper: dict[str, list] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        known = list(self.columns)
+        if self.curves is not None:
+            refuse_unknown([self.curves], known, f"`curves` of [{self.name}] must be a column, got {{!r}}")
+        for row in self.rows.values():
+            refuse_unknown(row.columns, known, f"`columns` of [{self.name}.rows] {row.name!r} has an unknown {{!r}}")
+        for other, figures in self.paper.items():
+            if len(figures) != len(known):
+                raise ValueError(
+                    f"`paper` of [{self.name}] must have a figure for each of the {len(known)} columns; "
+                    f"{other!r} has {len(figures)}"
+                )
+
     def runs(self) -> list[Run]:
         """All runs, the first seed of every row before the second of any."""
         runs = []
@@ -106,7 +121,7 @@ class Table:
 
 
 def slug(name: str) -> str:
-    """A name fit for a path."""
+    """A name usable in a path: lower case letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -115,53 +130,22 @@ def read_tables(path: Path = CONFIGURATION / "tables.toml") -> dict[str, Table]:
     The tables by name.
 
     Raises:
-        ValueError: a key is missing or not known.
+        ValueError: a key is missing or unknown, or a value is not valid.
     """
     return {name: _table(name, dict(entry), path) for name, entry in parse_file(path, tomllib.loads).items()}
 
 
 def _table(name: str, entry: dict[str, Any], path: Path) -> Table:
-    recipe, seeds = entry.pop("recipe", None), entry.pop("seeds", [1])
+    shared = {key: entry.pop(key) for key in ("recipe", "seeds") if key in entry}
     rows = {
-        row: _make(Row, {"name": row, "recipe": recipe, "seeds": seeds, **settings}, f"[{name}.rows] {row!r}", path)
+        row: read(Row, {"name": row, **shared, **settings}, after=f" in [{name}.rows] {row!r} of {path.name}")
         for row, settings in entry.pop("rows", {}).items()
     }
-    table = _make(Table, {"name": name, "rows": rows, **entry}, f"[{name}]", path)
-    if table.curves not in (None, *table.columns):
-        raise ValueError(
-            f"`curves` of [{name}] in {path.name} must be one of {', '.join(table.columns)}, got {table.curves!r}"
-            f"{nearest(table.curves, table.columns)}"
-        )
-    for row in table.rows.values():
-        for column in row.columns:
-            if column not in table.columns:
-                raise ValueError(
-                    f"`columns` of [{name}.rows] {row.name!r} in {path.name} are of {', '.join(table.columns)}, got "
-                    f"{column!r}{nearest(column, table.columns)}"
-                )
-    for other, figures in table.paper.items():
-        if len(figures) != len(table.columns):
-            raise ValueError(
-                f"`paper` of [{name}] in {path.name} must have a figure for each of the {len(table.columns)} columns; "
-                f"{other!r} has {len(figures)}"
-            )
-    return table
-
-
-def _make(kind: type, values: Mapping[str, Any], place: str, path: Path):
-    fields = {field.name: field for field in dataclasses.fields(kind)}
-    for key in values:
-        if key not in fields:
-            raise ValueError(f"`{key}` in {place} of {path.name} is not known{nearest(key, fields)}")
-    for key, field in fields.items():
-        needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if needed and values.get(key) is None:
-            raise ValueError(f"`{key}` is missing in {place} of {path.name}")
-    return kind(**values)
+    return read(Table, {"name": name, "rows": rows, **entry}, after=f" in [{name}] of {path.name}")
 
 
 def cell(table: Table, results: Sequence[Mapping[str, Any]]) -> str:
-    """`mean ± standard deviation` of the seeds for each metric, or what all gave; a dash where no run has ended."""
+    """`mean ± standard deviation` over the seeds for each metric, one figure if all are equal, `-` without results."""
     if not results:
         return "-"
     texts = []
@@ -174,11 +158,11 @@ def cell(table: Table, results: Sequence[Mapping[str, Any]]) -> str:
 
 def markdown(table: Table, found: Mapping[str, Mapping[str, Any]], pictures: Sequence[tuple[str, str]] = ()) -> str:
     """
-    The section of one table; rows of which nothing was run are left out.
+    The section of one table as Markdown; rows without results are left out.
 
     Args:
-        found: by [`Run.name`], what a run left: its `result`.
-        pictures: pairs of a caption and a path, to show below.
+        found: the kept results by [`Run.name`], each with the key `result`.
+        pictures: pairs of caption and path, shown below the table.
     """
     columns = list(table.columns)
     lines = [f"## {table.title}", "", table.about, ""]
@@ -207,19 +191,19 @@ def markdown(table: Table, found: Mapping[str, Mapping[str, Any]], pictures: Seq
 
 
 def _span(values: Sequence[float], form: str) -> str:
-    """From the least to the largest, or one of them where they look alike."""
+    """`least to largest`, or one figure if both are written alike."""
     return " to ".join(dict.fromkeys(format(value, form) for value in (min(values), max(values))))
 
 
 def _seconds(results: Sequence[Mapping[str, Any]]) -> str:
-    """By the clock of each run's budget."""
+    """Seconds of training by the clock of each run's budget."""
     clocks = ["processor" if "budget.clock=processor" in result["overrides"] else "wall" for result in results]
     values = [result[f"{clock}_seconds"]["training"] for result, clock in zip(results, clocks, strict=True)]
     return _span(values, ".0f")
 
 
 def _measured(results: Sequence[Mapping[str, Any]]) -> str:
-    """Where the figures are from."""
+    """The machines, versions and commits that the results come from."""
     places = {}
     for result in results:
         machine, versions = result["machine"], result["versions"]
@@ -232,7 +216,7 @@ def _measured(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _commands(table: Table, found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """One command a row: `train.py` with the first seed or, of several columns, what makes the row with all seeds."""
+    """One command for each row: training with the first seed or, with several columns, `make` for all its runs."""
     lines = []
     for run in table.runs():
         if run.name not in found or run.seed != run.row.seeds[0]:

@@ -7,13 +7,13 @@ from functools import partial
 import numpy as np
 import torch
 from datasets import DatasetDict
+from pydantic import PositiveInt
 from torch.utils.data import Dataset
 from transformers import AutoModelForTimeSeriesPrediction, EvalPrediction, default_data_collator
 
 import scripts.baselines  # noqa: F401  registers the models that a recipe can name
-from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.metrics import METRIC_FUNCTIONS
-from scripts.tasks.prepared import Prepared, spread
+from scripts.tasks.prepared import Prepared, check, spread
 
 
 METRICS = ("mse", "mae")
@@ -29,15 +29,9 @@ class Options:
     """
 
     name: str
-    prediction_length: int = 24
-    context_length: int = 96
-    max_eval_rows: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("prediction_length", "context_length", "max_eval_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`task.{name}` must be at least 1, got {value}")
+    prediction_length: PositiveInt = 24
+    context_length: PositiveInt = 96
+    max_eval_rows: PositiveInt | None = None
 
 
 class Forecasts(Dataset):
@@ -60,7 +54,7 @@ class Forecasts(Dataset):
 def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
     """Standardise the series by its training part and cut it into pasts and futures."""
     options = recipe.task
-    _check(recipe)
+    check(recipe, METRICS)
     series = standardised(recipe.load_data(), options)
     lengths = {"context_length": options.context_length, "prediction_length": options.prediction_length}
     datasets = {split: Forecasts(series[split], **lengths) for split in splits}
@@ -125,15 +119,3 @@ def forecast_metrics(prediction: EvalPrediction, *, metrics: Sequence[str]) -> d
     sums = np.asarray(prediction.predictions, dtype=np.float64).sum(axis=0)
     count = int(np.prod(np.shape(prediction.label_ids)))
     return {name: METRIC_FUNCTIONS[name](sums[METRICS.index(name)], count) for name in metrics}
-
-
-def _check(recipe) -> None:
-    for name in recipe.report.metrics:
-        if name not in METRICS:
-            raise ValueError(
-                f"`report.metrics` of forecasting are of {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}"
-            )
-    if recipe.report.compressors:
-        raise ValueError("`report.compressors` is for language_modeling; leave it out")
-    if recipe.tokenizer is not None:
-        raise ValueError("section `[tokenizer]` is for text; forecasting reads numbers, leave it out")

@@ -7,14 +7,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import AutoModelForAudioFrameClassification, EvalPrediction
 
-from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.data.sources.piano_roll import key_names
 from scripts.metrics import METRIC_FUNCTIONS
-from scripts.tasks.prepared import Prepared
+from scripts.tasks.prepared import Prepared, check
 
 
 METRICS = ("nats_per_frame",)
@@ -25,24 +25,17 @@ IGNORED = -100
 class Options:
     """
     Args:
-        window: cut the training pieces into rows of so many predicted frames; whole pieces if left out. Pieces are
-            scored whole.
-        transpose: move each training row up or down by as many keys as chance says, at most so many, anew in each
-            epoch; scored pieces stay as they are.
-        loss: `mean` over all labels of a batch, or their `sum`, which weighs a batch by its length: the learning rate
-            of the one is not that of the other.
+        window: predicted frames of a training row; whole pieces if left out. Scored pieces are not cut.
+        transpose: shift each training row by a random number of keys up or down, at most this many, drawn anew in each
+            epoch; scored pieces are not shifted.
+        loss: `mean` over all labels of a batch, or their `sum`, which weights a batch by its length. The two need
+            different learning rates.
     """
 
     name: str
-    window: int | None = None
-    transpose: int = 0
+    window: PositiveInt | None = None
+    transpose: NonNegativeInt = 0
     loss: Literal["mean", "sum"] = "mean"
-
-    def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"`task.window` must be at least 1, or left out for whole pieces, got {self.window}")
-        if self.transpose < 0:
-            raise ValueError(f"`task.transpose` must be at least 0 keys, got {self.transpose}")
 
 
 class Frames(Dataset):
@@ -89,7 +82,7 @@ def transposed(frames: np.ndarray, keys: int) -> np.ndarray:
 
 def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
     """Cut the pieces into rows."""
-    _check(recipe)
+    check(recipe, METRICS, causal=True)
     pieces = recipe.load_data().with_format("numpy")
     names = key_names()
     training = {"window": recipe.task.window, "transpose": recipe.task.transpose}
@@ -147,18 +140,3 @@ def frame_metrics(prediction: EvalPrediction, *, metrics: Sequence[str]) -> dict
     frames = int((prediction.label_ids[..., 0] != IGNORED).sum())
     nll = np.asarray(prediction.predictions, dtype=np.float64).sum()
     return {name: METRIC_FUNCTIONS[name](nll=[nll], count=[frames]) for name in metrics}
-
-
-def _check(recipe) -> None:
-    for name in recipe.report.metrics:
-        if name not in METRICS:
-            raise ValueError(
-                f"`report.metrics` of frame_prediction are of {', '.join(METRICS)}, got {name!r}"
-                f"{nearest(name, METRICS)}"
-            )
-    if recipe.report.compressors:
-        raise ValueError("`report.compressors` is for language_modeling; leave it out")
-    if recipe.tokenizer is not None:
-        raise ValueError("section `[tokenizer]` is for text; frame_prediction reads numbers, leave it out")
-    if not recipe.config().is_causal:
-        raise ValueError("`is_causal` must be True for frame_prediction: a model that sees the next frame copies it")

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
+from pydantic import PositiveInt
 from transformers import (
     AutoModelForCausalLM,
     EvalPrediction,
@@ -21,12 +22,11 @@ from transformers import (
     default_data_collator,
 )
 
-from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.data.streaming import StreamedWindows
 from scripts.data.tokenization import build_tokenizer, characters_per_token
 from scripts.data.windows import IGNORED, TokenStream, Windows
 from scripts.metrics import METRIC_FUNCTIONS
-from scripts.tasks.prepared import Prepared, spread
+from scripts.tasks.prepared import Prepared, check, spread
 
 
 METRICS = ("bits_per_character", "perplexity")
@@ -45,12 +45,12 @@ class Options:
     Args:
         window: tokens of a training row; a row predicts all of them but its first.
         stride: tokens between the beginnings of two training rows; `window - 1` if left out: each is predicted once.
-        train_once: with a smaller stride too, each token is predicted in one row alone, the first that has it.
+        train_once: predict each token only in the first row that holds it, also with a smaller stride.
         eval_window, eval_stride: the same for scoring, where a token is scored only in the first row that predicts it;
             a smaller stride gives more context to each. `window` and half of it if left out.
         max_eval_rows: rows scored at an evaluation during training, spread over the split; all if left out.
-        documents: `joined`, where a row goes on across the end of a document, or `separate`: rows are filled just so,
-            but nothing of a document reaches the next one.
+        documents: `joined`: a row continues into the next document; `separate`: the rows are the same, but attention
+            and recurrences stop at the end of a document.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Options:
     train_once: bool = False
     eval_window: int | None = None
     eval_stride: int | None = None
-    max_eval_rows: int | None = None
+    max_eval_rows: PositiveInt | None = None
     documents: Literal["joined", "separate"] = "joined"
 
     def __post_init__(self) -> None:
@@ -69,8 +69,6 @@ class Options:
                 raise ValueError(f"`task.{window}` must be at least 2, got {width}")
             if step is not None and not 1 <= step < width:
                 raise ValueError(f"`task.{stride}` must be from 1 to `{window}` - 1 ({width - 1}), got {step}")
-        if self.max_eval_rows is not None and self.max_eval_rows < 1:
-            raise ValueError(f"`task.max_eval_rows` must be at least 1, got {self.max_eval_rows}")
 
     def windows(self, stream: TokenStream, *, training: bool) -> Windows:
         """The rows of one split."""
@@ -83,14 +81,14 @@ class Options:
 
 def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[str]) -> Prepared:
     """Tokenise the documents, join them into one stream a split and cut it into rows."""
+    check(recipe, METRICS, compressors=COMPRESSORS, text=True, tokenizer=tokenizer)
     options, documents = recipe.task, recipe.load_data()
     if tokenizer is None:
-        if recipe.tokenizer is None:
-            raise ValueError('section `[tokenizer]` is missing; language_modeling needs it, such as kind = "character"')
         texts = islice((row["text"] for row in documents["train"]), recipe.tokenizer.max_texts)
         tokenizer = build_tokenizer(recipe.tokenizer, texts)
     characters = characters_per_token(tokenizer)
-    _check_report(recipe.report, characters)
+    if "bits_per_character" in recipe.report.metrics and characters is None:
+        raise ValueError("`report.metrics` has bits_per_character, which a word tokenizer cannot give; use perplexity")
     datasets = {
         split: options.windows(token_stream(documents[split], tokenizer), training=split == "train")
         if isinstance(documents[split], Dataset)
@@ -194,15 +192,3 @@ def compressed_bits_per_character(texts: Sequence[str], compressor: str) -> floa
     """What a general compressor at its highest setting makes of the same text."""
     text = "".join(texts)
     return 8 * len(COMPRESSORS[compressor](text.encode("utf-8"))) / len(text)
-
-
-def _check_report(report, characters: Sequence[int] | None) -> None:
-    for name, given, valid in (("metrics", report.metrics, METRICS), ("compressors", report.compressors, COMPRESSORS)):
-        for value in given:
-            if value not in valid:
-                raise ValueError(
-                    f"`report.{name}` of language_modeling are of {', '.join(valid)}, got {value!r}"
-                    f"{nearest(value, valid)}"
-                )
-    if "bits_per_character" in report.metrics and characters is None:
-        raise ValueError("`report.metrics` has bits_per_character, which a word tokenizer cannot give; use perplexity")

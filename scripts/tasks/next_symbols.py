@@ -15,10 +15,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForAudioFrameClassification, EvalPrediction
 
-from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.data.sources.regular_languages import AUTOMATA, BINS, END, Automaton
 from scripts.metrics import METRIC_FUNCTIONS
-from scripts.tasks.prepared import Prepared
+from scripts.tasks.prepared import Prepared, check
 
 
 METRICS = ("string_accuracy", "string_accuracy_long", "nats_per_frame")
@@ -34,7 +33,9 @@ class Options:
 
 def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
     """Number the symbols of the strings."""
-    _check(recipe)
+    check(recipe, METRICS, causal=True)
+    if recipe.data.source != "regular_languages":
+        raise ValueError(f"`data.source` must be regular_languages for next_symbols, got {recipe.data.source!r}")
     strings = recipe.load_data()
     automaton = AUTOMATA[recipe.data.language]
     names = [*automaton.alphabet, END]
@@ -94,19 +95,3 @@ def string_metrics(prediction: EvalPrediction, *, metrics: Sequence[str]) -> dic
         "nats_per_frame": {"nll": nats[short], "count": lengths[short]},
     }
     return {name: METRIC_FUNCTIONS[name.removesuffix("_long")](**inputs[name]) for name in metrics}
-
-
-def _check(recipe) -> None:
-    for name in recipe.report.metrics:
-        if name not in METRICS:
-            raise ValueError(
-                f"`report.metrics` of next_symbols are of {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}"
-            )
-    if recipe.data.source != "regular_languages":
-        raise ValueError(f"`data.source` must be regular_languages for next_symbols, got {recipe.data.source!r}")
-    if recipe.report.compressors:
-        raise ValueError("`report.compressors` is for language_modeling; leave it out")
-    if recipe.tokenizer is not None:
-        raise ValueError("section `[tokenizer]` is for text; next_symbols numbers the language's symbols, leave it out")
-    if not recipe.config().is_causal:
-        raise ValueError("`is_causal` must be True for next_symbols: a model that sees the end of the string knows it")

@@ -1,7 +1,7 @@
 """What a task hands to the training and the scoring."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -9,6 +9,43 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+from modeling_rtransformer.configuration_rtransformer import nearest
+
+
+def check(
+    recipe,
+    metrics: Sequence[str],
+    *,
+    compressors: Collection[str] = (),
+    text: bool = False,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    causal: bool = False,
+) -> None:
+    """
+    Refuse what does not go with the recipe's task.
+
+    Args:
+        metrics, compressors: those that `report` may name.
+        text: whether the input is text, which needs a tokenizer, or numbers, which have none.
+        tokenizer: a saved model's, which replaces the recipe's.
+        causal: whether the task needs a model that sees no later position.
+    """
+    task = recipe.task.name
+    for key, valid in (("metrics", metrics), ("compressors", compressors)):
+        for value in getattr(recipe.report, key):
+            if not valid:
+                raise ValueError(f"`report.{key}` is for language_modeling; leave it out")
+            if value not in valid:
+                raise ValueError(
+                    f"`report.{key}` of {task} are of {', '.join(valid)}, got {value!r}{nearest(value, valid)}"
+                )
+    if text and recipe.tokenizer is None and tokenizer is None:
+        raise ValueError(f'section `[tokenizer]` is missing; {task} needs it for text, such as kind = "character"')
+    if not text and recipe.tokenizer is not None:
+        raise ValueError(f"section `[tokenizer]` is for text; the input of {task} is numbers, leave it out")
+    if causal and not recipe.config().is_causal:
+        raise ValueError(f"`is_causal` must be True for {task}: otherwise the model sees what it has to predict")
 
 
 def _no_comparison(split: str) -> dict[str, float]:

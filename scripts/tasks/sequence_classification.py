@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, Value
+from pydantic import PositiveInt
 from transformers import (
     AutoModelForSequenceClassification,
     DataCollatorWithPadding,
@@ -18,7 +19,7 @@ from transformers import (
 from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.data.tokenization import build_tokenizer
 from scripts.metrics import METRIC_FUNCTIONS
-from scripts.tasks.prepared import Prepared, spread
+from scripts.tasks.prepared import Prepared, check, spread
 
 
 METRICS = ("accuracy", "f1")
@@ -28,35 +29,32 @@ METRICS = ("accuracy", "f1")
 class Options:
     """
     Args:
-        labels: names of the classes in order; those of the training data, sorted, if left out. Integer labels are
-            places in this list.
-        max_length: keep the first tokens of a longer text; all if left out.
+        labels: names of the classes in order; those of the training data, sorted, if left out. An integer label is an
+            index into this list.
+        max_length: cut longer texts to their first so many tokens; no limit if left out.
         max_eval_rows: rows scored at an evaluation during training, spread over the split; all if left out.
     """
 
     name: str
     labels: list[str] | None = None
-    max_length: int | None = None
-    max_eval_rows: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_length", "max_eval_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`task.{name}` must be at least 1, got {value}")
+    max_length: PositiveInt | None = None
+    max_eval_rows: PositiveInt | None = None
 
 
 def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[str]) -> Prepared:
     """Number the labels and tokenise the texts, if the input is text."""
     examples = recipe.load_data()
-    _check(recipe, examples["train"])
+    columns = examples["train"].column_names
+    check(recipe, METRICS, text="text" in columns, tokenizer=tokenizer)
+    if "label" not in columns:
+        raise ValueError("`data.label_column` is missing; sequence_classification needs the name of the label's column")
     names = class_names(examples["train"], recipe.task.labels)
     datasets = {split: number_labels(examples[split], names, split) for split in splits}
     config_values: dict[str, Any] = {
         "id2label": dict(enumerate(names)),
         "label2id": {name: index for index, name in enumerate(names)},
     }
-    if "text" in examples["train"].column_names:
+    if "text" in columns:
         tokenizer = tokenizer or build_tokenizer(recipe.tokenizer, (row["text"] for row in examples["train"]))
         datasets = {
             split: dataset.map(
@@ -130,18 +128,3 @@ def predicted_class(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def classification_metrics(prediction: EvalPrediction, *, metrics: Sequence[str]) -> dict[str, float]:
     """The named metrics of the predicted classes."""
     return {name: float(METRIC_FUNCTIONS[name](prediction.label_ids, prediction.predictions)) for name in metrics}
-
-
-def _check(recipe, train: Dataset) -> None:
-    for name in recipe.report.metrics:
-        if name not in METRICS:
-            raise ValueError(
-                f"`report.metrics` of sequence_classification are of {', '.join(METRICS)}, got {name!r}"
-                f"{nearest(name, METRICS)}"
-            )
-    if recipe.report.compressors:
-        raise ValueError("`report.compressors` is for language_modeling; leave it out")
-    if "label" not in train.column_names:
-        raise ValueError("`data.label_column` is missing; sequence_classification needs the name of the label's column")
-    if "text" in train.column_names and recipe.tokenizer is None:
-        raise ValueError('section `[tokenizer]` is missing; text needs it, such as kind = "character"')

@@ -1,109 +1,53 @@
-"""Checkpoints on disk: which one is whole, loading one, and putting a finished folder in place at once."""
+"""Checkpoints on disk: marking one as complete, finding the newest complete one, loading one, replacing a folder."""
 
-import json
 import shutil
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from torch.distributed.checkpoint import FileSystemReader
+from accelerate import PartialState
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from scripts.training.averaging import UNAVERAGED, WeightAverage
-
 
 logger = logging.get_logger(__name__)
 
-# What accelerate saves under FSDP, of the model and of the optimizer: shards in folders, or one file each.
-SHARDS = ("pytorch_model_fsdp_0", "optimizer_0")
-FULL_STATES = ("pytorch_model_fsdp.bin", "optimizer.bin")
+COMPLETE = "complete"
+
+
+class MarkComplete(TrainerCallback):
+    """
+    Writes the empty file `complete` into a checkpoint after all processes have written their parts of it, so that one
+    cut off by a kill or a full disk can be told. It must be the last callback.
+
+    A checkpoint with the model only (`save_only_model`) cannot be resumed from and is not marked.
+    """
+
+    def on_save(self, args, state, control, **kwargs):
+        PartialState().wait_for_everyone()
+        if args.should_save and not args.save_only_model:
+            Path(args.output_dir, f"checkpoint-{state.global_step}", COMPLETE).touch()
 
 
 def newest_complete(run: Path) -> Path | None:
-    """The whole checkpoint of the highest step in `run`; damaged ones are named in a warning and passed over."""
+    """The complete checkpoint of the highest step in `run`; incomplete ones are named in a warning and passed over."""
     folders = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for folder in sorted(folders, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        problem = damage(folder)
-        if problem is None:
+        if (folder / COMPLETE).is_file():
             return folder
-        logger.warning(f"{folder} is damaged ({problem}); the checkpoint before it is used")
+        logger.warning(
+            f"{folder} is passed over: it has no file `{COMPLETE}`, which is written last, so saving it was "
+            "interrupted, or it holds only the model. If an older version of these scripts wrote it and it is whole, "
+            f"create that file (touch {folder / COMPLETE}) and resume again"
+        )
     return None
-
-
-def is_sharded_checkpoint(folder: Path) -> bool:
-    """Whether a checkpoint of `Trainer` was saved under FSDP."""
-    return (folder / SHARDS[0]).is_dir() or (folder / FULL_STATES[0]).is_file()
-
-
-def damage(folder: Path) -> str | None:
-    """What a kill or a full disk while saving has left wrong with a checkpoint of `Trainer`; None if nothing."""
-    try:
-        state = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        archives = [folder / "scheduler.pt", *(sorted(folder.glob("rng_state*.pth")) or [folder / "rng_state.pth"])]
-        if (folder / SHARDS[0]).is_dir():
-            problems = (_shards_damage(folder / name) for name in SHARDS)
-            return next(filter(None, problems), None) or _archives_damage(archives)
-        if (folder / FULL_STATES[0]).is_file():
-            return _archives_damage([*(folder / name for name in FULL_STATES), *archives])
-        weights = sorted(folder.glob("model*.safetensors"))
-        if (folder / "model.safetensors.index.json").is_file():
-            index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
-            weights = sorted({folder / name for name in index["weight_map"].values()})
-        if not weights:
-            return "model.safetensors is missing"
-        if WeightAverage.__name__ in state.get("stateful_callbacks", {}):
-            weights.append(folder / UNAVERAGED)
-        for path in weights:
-            if _safetensors_size(path) != path.stat().st_size:
-                return f"{path.name} is cut off"
-    except (OSError, ValueError, KeyError) as error:
-        return str(error)
-    return _archives_damage([folder / "optimizer.pt", *archives])
-
-
-def _archives_damage(paths: Iterable[Path]) -> str | None:
-    for path in paths:
-        if not zipfile.is_zipfile(path):  # what torch.save writes is a zip archive, with its index at the end
-            return f"{path.name} is {'cut off' if path.is_file() else 'missing'}"
-    return None
-
-
-def _shards_damage(folder: Path) -> str | None:
-    """The same for shards of `torch.distributed.checkpoint`, whose `.metadata`, written last, says what is where."""
-    if not (folder / ".metadata").is_file():
-        return f"{folder.name}/.metadata is missing"
-    try:
-        stored = FileSystemReader(folder).read_metadata().storage_data.values()
-    except Exception as error:  # a pickle that is cut off fails in many ways
-        return f"{folder.name}/.metadata is cut off ({type(error).__name__})"
-    for piece in stored:
-        path = folder / piece.relative_path
-        if not path.is_file():
-            return f"{folder.name}/{path.name} is missing"
-        if path.stat().st_size < piece.offset + piece.length:
-            return f"{folder.name}/{path.name} is cut off"
-    return None
-
-
-def _safetensors_size(path: Path) -> int:
-    """The size that the header of a safetensors file tells."""
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return (
-        8
-        + length
-        + max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    )
 
 
 def restore_callbacks(callbacks: Iterable[TrainerCallback], checkpoint: Path) -> None:
     """
-    Give callbacks what they had remembered at the checkpoint.
+    Restore the state that callbacks saved in the checkpoint, such as the seconds of a budget.
 
-    `restore_callback_states_from_checkpoint` of `TrainingArguments` would also bring back their old settings, so that a
+    `restore_callback_states_from_checkpoint` of `TrainingArguments` would restore their old settings as well, so that a
     run could not be resumed with a longer budget.
     """
     saved = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).stateful_callbacks
@@ -118,7 +62,7 @@ def load_model(auto_class, checkpoint: str | Path) -> PreTrainedModel:
     Load a model of the task's kind.
 
     Raises:
-        ValueError: the checkpoint lacks weights that this kind of model has, so it is of another model.
+        ValueError: the checkpoint lacks weights that this kind of model has, so it is of another kind.
     """
     model, loading = auto_class.from_pretrained(str(checkpoint), output_loading_info=True)
     if loading["missing_keys"]:
@@ -129,8 +73,8 @@ def load_model(auto_class, checkpoint: str | Path) -> PreTrainedModel:
     return model
 
 
-def put_in_place(finished: Path, folder: Path) -> None:
-    """Rename a finished folder to `folder`, in place of one that is there, so that `folder` is never half-written."""
+def replace_folder(folder: Path, finished: Path) -> None:
+    """Rename `finished` to `folder`, replacing one that is there, so that `folder` is never half-written."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():

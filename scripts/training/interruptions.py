@@ -1,12 +1,13 @@
 """
-What ends a run before its time, and how it ends then.
+What ends a run early, and how it ends then.
 
 | fault | what happens |
 |---|---|
 | SIGTERM or SIGINT | the step is finished and saved on all processes; exit status 128 and the signal's number |
-| SIGINT once more | the end, at once |
-| a loss, gradient or weight that is not finite | all processes stop before the step, or the checkpoint, is made of it |
-| no room or no right to write | an error before training begins; a disk that fills up later is explained |
+| SIGINT once more | the process ends at once |
+| a loss, gradient or weight that is not finite | all processes stop before the step, or the checkpoint, is made |
+| a folder that cannot be written to | an error before training begins |
+| a full disk | an error; the last complete checkpoint can be resumed from |
 
 Transformers' own `enable_jit_checkpoint` is not used: each process decides for itself when to save, so several would
 wait for each other, and it may save between the gradients and the step.
@@ -27,41 +28,42 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
+from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import SaveStrategy
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 
 from scripts.training.checkpoints import newest_complete
 
 
-PATIENCE = 60  # seconds that a worker of a data loader lives on after a signal: its process needs it to finish the step
+WORKER_GRACE = 60  # seconds that a data loader's worker lives on after SIGTERM, so that its process finishes the step
+FULL_DISK = 2**20  # bytes: a failed write with less than this free is put down to a full disk
 
 
 class NotFinite(FloatingPointError):
     """A loss, a gradient or a weight was infinite or not a number."""
 
 
-class Watch(TrainerCallback):
+class InterruptionCallback(TrainerCallback):
     """
     Ends the run on a signal or on numbers that are not finite, on all processes at the same step.
 
-    Once a step, just before it is made, the processes exchange two numbers: whether one has a loss or gradient that is
-    not finite, and whether one has got a signal.
+    Once a step, just before the optimizer's, the processes exchange two numbers: whether one has a loss or gradient
+    that is not finite, and whether one has received a signal.
 
     Args:
-        tokenizer: to show how a bad batch begins.
+        tokenizer: shows the text at the beginning of a bad batch.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         self.tokenizer = tokenizer
-        self.signal: signal.Signals | None = None  # agreed on by all processes
-        self._received = self._agreed = 0
-        self._step: list[tuple[torch.Tensor, dict]] = []  # loss and inputs of the batches of this step
+        self.signal: signal.Signals | None = None  # the one that all processes stop for
+        self._received = self._stop_for = 0  # signal numbers: of this process, and the largest of all
+        self._batches: list[tuple[torch.Tensor, dict]] = []  # loss and inputs of the batches of this step
 
     @contextlib.contextmanager
-    def signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT are taken note of here; elsewhere they do what they did before."""
+    def handle_signals(self) -> Iterator[None]:
+        """Inside, SIGTERM and SIGINT stop the run after the step; the handlers from before are restored afterwards."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -77,30 +79,30 @@ class Watch(TrainerCallback):
             raise KeyboardInterrupt
         self._received = number
         message = f"\n{signal.Signals(number).name}: stopping after this step; Ctrl-C again stops at once\n"
-        os.write(2, message.encode())  # print() may be in the middle of a line itself
+        os.write(2, message.encode())  # not print(), which this signal may have interrupted
 
-    def note(self, loss: torch.Tensor, inputs: dict) -> None:
-        """Remember a batch of the step that is being made."""
-        self._step.append((loss, inputs))
+    def record_batch(self, loss: torch.Tensor, inputs: dict) -> None:
+        """Remember a batch until its step is made."""
+        self._batches.append((loss, inputs))
 
     def on_pre_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
-        losses = torch.stack([loss.float() for loss, _ in self._step])
-        norm = gradient_norm(model)
+        losses = torch.stack([loss.float() for loss, _ in self._batches])
+        norm = get_total_norm([local(p.grad) for p in model.parameters() if p.grad is not None])
         if getattr(optimizer, "scaler", None) is not None:
             norm = torch.zeros_like(norm)  # float16's loss scale is found by overflowing; such a step is left out
         finite = torch.isfinite(losses).all() & torch.isfinite(norm).to(losses.device)
-        bad, self._agreed = agree(args, (~finite).to(torch.int64), self._received)
+        bad, self._stop_for = maximum(args, (~finite).to(torch.int64), self._received)
         if bad:
-            step = f"step {state.global_step + 1}"
-            rows = gather_object([(args.process_index, losses.tolist(), float(norm), self._describe())])
-            raise NotFinite(f"{step} was not made: {_explain(rows)}. {_go_on(args)}")
-        self._step.clear()
+            batches = [describe_batch(inputs, self.tokenizer) for _, inputs in self._batches]
+            processes = gather_object([(args.process_index, losses.tolist(), float(norm), batches)])
+            raise NotFinite(f"step {state.global_step + 1} was not made: {_explain(processes)}. {_how_to_resume(args)}")
+        self._batches.clear()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        if self._agreed:
-            self.signal = signal.Signals(self._agreed)
+        if self._stop_for:
+            self.signal = signal.Signals(self._stop_for)
             control.should_training_stop = control.should_save = True
-            control.should_evaluate = False  # whoever sent the signal will not wait for long
+            control.should_evaluate = False  # the sender of the signal may soon kill the process
         self._check_weights(args, state, control, model)
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
@@ -110,39 +112,28 @@ class Watch(TrainerCallback):
 
     def _check_weights(self, args, state, control, model) -> None:
         if control.should_save or control.should_evaluate:  # an evaluation may decide on saving
-            finite = all(bool(torch.isfinite(_local(parameter)).all()) for parameter in model.parameters())
-            if agree(args, int(not finite))[0]:
+            finite = all(bool(torch.isfinite(local(parameter)).all()) for parameter in model.parameters())
+            if maximum(args, int(not finite))[0]:
                 raise NotFinite(
-                    f"a weight is not finite after step {state.global_step}, which is not saved. {_go_on(args)}"
+                    f"a weight is not finite after step {state.global_step}, which is not saved. {_how_to_resume(args)}"
                 )
 
-    def _describe(self) -> list[str]:
-        return [describe(inputs, self.tokenizer) for _, inputs in self._step]
 
-
-def agree(args: TrainingArguments, *values: torch.Tensor | int) -> list[int]:
-    """The largest of each value among all processes."""
+def maximum(args: TrainingArguments, *values: torch.Tensor | int) -> list[int]:
+    """The largest of each value over all processes."""
     values = torch.stack([torch.as_tensor(value, dtype=torch.int64, device=args.device) for value in values])
     if args.world_size > 1:
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return values.tolist()
 
 
-def gradient_norm(model: PreTrainedModel) -> torch.Tensor:
-    """The norm of all gradients, of whole ones and of those that are shared out (DTensor) alike."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    shared = [gradient for gradient in gradients if isinstance(gradient, DTensor)]
-    whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    norms = [get_total_norm(shared).full_tensor()] if shared else []
-    return get_total_norm([*norms, get_total_norm(whole)])
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a sharded tensor, or the whole of any other."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
-
-
-def describe(inputs: dict, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """What a batch can be known by again: how it begins, rows with numbers that are not finite, a hash of its input."""
+def describe_batch(inputs: dict, tokenizer: PreTrainedTokenizerBase | None) -> str:
+    """What identifies a batch: its first text, or its rows with numbers that are not finite; a hash of its input."""
     name = "input_ids" if "input_ids" in inputs else next(iter(inputs))
     values = inputs[name].detach().cpu()
     known = f"SHA-256 of its {name} {hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]}"
@@ -153,7 +144,7 @@ def describe(inputs: dict, tokenizer: PreTrainedTokenizerBase | None) -> str:
 
 
 def _explain(processes: list[tuple[int, list[float], float, list[str]]]) -> str:
-    """What each process with a bad loss had, or, where no loss is bad, what they all had."""
+    """The bad losses with their process and batch or, where all losses are finite, the norms and all batches."""
     bad_losses = [
         f"the loss is {loss} on process {rank}, for the batch that {batch}"
         for rank, losses, _, batches in processes
@@ -162,22 +153,30 @@ def _explain(processes: list[tuple[int, list[float], float, list[str]]]) -> str:
     ]
     if bad_losses:
         return "; ".join(bad_losses)
-    batches = "; ".join(f"process {rank}: {batch}" for rank, *_, batches in processes for batch in batches)
-    return f"the norm of the gradient is {processes[0][2]} (batches: {batches})"
+    return "; ".join(
+        f"the norm of the gradient is {norm} on process {rank}, for the batch that {batch}"
+        for rank, _, norm, batches in processes
+        for batch in batches
+    )
 
 
-def _go_on(args: TrainingArguments) -> str:
+def _how_to_resume(args: TrainingArguments) -> str:
     last = newest_complete(Path(args.output_dir))
     kept = f"The last checkpoint is {last}" if last else "No checkpoint was made yet"
     return f"{kept}; mend the data or lower training.learning_rate, then go on with --resume"
 
 
-def meet_anew(timeout: float) -> None:
-    """
-    Let processes that a launcher has restarted find each other under a name of their own.
+def restart_count() -> int:
+    """How many times a launcher has restarted this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
-    Launchers keep one store over restarts, and torch 2.13 (`_create_c10d_store`) takes it for a new one each time: the
-    addresses of the processes that ended are still in it.
+
+def init_process_group_after_restart(timeout: float) -> None:
+    """
+    After a launcher has restarted the processes, connect them under a key prefix of this restart.
+
+    Launchers keep one store over restarts, and torch 2.13 (`_create_c10d_store`) reads it as a new one each time,
+    although it still holds the addresses of the processes that ended.
 
     Args:
         timeout: seconds, as `TrainingArguments.ddp_timeout`.
@@ -195,19 +194,13 @@ def meet_anew(timeout: float) -> None:
     )
 
 
-def restart_count() -> int:
-    """How often a launcher has started this run anew."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def outlive_signals(worker: int) -> None:
+def delay_signals_in_worker(worker: int) -> None:
     """
-    For workers of a data loader: a signal to the whole group of processes must not end them before their process.
-
-    They are told when they are no longer needed; if that does not come, they end after a while.
+    Initialise a data loader's worker so that a signal to the whole group of processes does not end it before its
+    process has finished the step. The process then ends it; if not, it ends `WORKER_GRACE` seconds after SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(PATIENCE))
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE))
 
 
 def require_writable(output_dir: Path) -> None:
@@ -217,59 +210,22 @@ def require_writable(output_dir: Path) -> None:
     Raises:
         OSError: with the folder.
     """
-    place = _existing(output_dir)
+    existing = next(place for place in (output_dir.absolute(), *output_dir.absolute().parents) if place.exists())
     try:
-        with tempfile.TemporaryFile(dir=place) as file:
+        with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"x")
     except OSError as error:
         raise OSError(f"`--output-dir` {output_dir} cannot be written to ({error}); name another") from error
 
 
-def _existing(folder: Path) -> Path:
-    return next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
-
-
-def checkpoint_bytes(model: PreTrainedModel, averaged: bool = False) -> tuple[int, int]:
-    """
-    Bytes of the weights, and of a checkpoint: with them the two moments that Adam has of each trained weight and, where
-    they are an average, the weights themselves.
-    """
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return weights, weights * (1 + averaged) + 2 * trained
-
-
-def require_room(output_dir: Path, model: PreTrainedModel, args: TrainingArguments, averaged: bool = False) -> None:
-    """
-    Refuse a disk without room for the checkpoints that are kept, one more while it is written, and the final model.
-
-    Raises:
-        OSError: with the folder, the bytes that are needed and those that are free.
-    """
-    weights, checkpoint = checkpoint_bytes(model, averaged)
-    checkpoint = weights if args.save_only_model else checkpoint
-    kept = 0 if args.save_strategy == SaveStrategy.NO else 2
-    if kept and args.save_total_limit:
-        kept = max(args.save_total_limit, 1 + args.load_best_model_at_end) + 1
-    elif kept and args.save_strategy == SaveStrategy.STEPS and args.max_steps > 0 and args.save_steps >= 1:
-        kept = 1 + int(args.max_steps // args.save_steps)
-    there = [file for folder in output_dir.glob("checkpoint-*") for file in folder.rglob("*") if file.is_file()]
-    needed = max(0, kept * checkpoint - sum(file.stat().st_size for file in there)) + weights
-    free = shutil.disk_usage(_existing(output_dir)).free
-    if free < needed:
-        raise OSError(
-            f"`--output-dir` {output_dir} has {free:,} bytes free, but {kept} checkpoints of {checkpoint:,} bytes and "
-            f"the final model need {needed:,}; make room, name another folder, or lower training.save_total_limit"
-        )
-
-
 @contextlib.contextmanager
-def full_disk_explained(output_dir: Path, model: PreTrainedModel, averaged: bool = False) -> Iterator[None]:
-    """Say in words what torch and safetensors report as a failed write, if the disk has no room for a checkpoint."""
+def explain_full_disk(output_dir: Path) -> Iterator[None]:
+    """Exit with a clear message where torch, safetensors or Python failed to write because the disk is full."""
     try:
         yield
-    except (OSError, RuntimeError) as error:
-        if not output_dir.is_dir() or shutil.disk_usage(output_dir).free > checkpoint_bytes(model, averaged)[1]:
+    except (OSError, RuntimeError, SafetensorError) as error:
+        full = output_dir.is_dir() and shutil.disk_usage(output_dir).free < FULL_DISK
+        if not full and "No space left" not in str(error):  # torch's errors do not say so
             raise
         sys.exit(
             f"error: no space left for a checkpoint in `--output-dir` {output_dir} ({error}); make room and go on with "

@@ -1,7 +1,7 @@
 """
-How several processes share a run. The launcher says it, and the recipe says nothing of it.
+How several processes share a run. The launch command decides it, not the recipe.
 
-`accelerate launch` hands its settings on in environment variables; under `torchrun` they are set by hand. These are
+`accelerate launch` passes its settings on in environment variables; under `torchrun` they are set by hand. They are
 read here and by accelerate itself:
 
 | variables | what it means |
@@ -12,39 +12,35 @@ read here and by accelerate itself:
 | `PARALLELISM_CONFIG_TP_SIZE` above 1 | tensor parallel: a process has some heads and a part of the feed-forward |
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import transformers
-from accelerate import PartialState
 from accelerate.parallelism_config import ParallelismConfig
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.distributed import DistributedConfig
 
-from scripts.training.averaging import UNAVERAGED
-from scripts.training.checkpoints import is_sharded_checkpoint
+
+def _restore_to_numbered_cpu(storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage | None:
+    return storage if location.startswith("cpu:") else None
 
 
-def is_on(variable: str) -> bool:
-    return os.environ.get(variable, "").lower() in ("1", "true")
+# With several processes on CPUs, Trainer loads an optimizer's state to "cpu:0", which torch.load does not know.
+torch.serialization.register_package(100, lambda storage: None, _restore_to_numbered_cpu)
 
 
-def set_up(args: TrainingArguments, resume: bool, checkpoint: Path | None, averaged: bool = False) -> None:
+def set_up(args: TrainingArguments, resume: bool, checkpoint: Path | None) -> None:
     """
-    Make `args` agree with the launcher; before a `Trainer` is made of them.
-
-    Args:
-        averaged: whether the run keeps an average of the weights.
+    Make `args` agree with the launcher, before a `Trainer` is made of them.
 
     Raises:
-        ValueError: the launcher asks for what cannot be had together, or cannot go on from `checkpoint`.
+        ValueError: the launcher asks for a combination that is not supported, or cannot resume from `checkpoint`.
     """
-    sizes, fsdp = ParallelismConfig(), is_on("ACCELERATE_USE_FSDP") or bool(args.fsdp)
+    sizes, fsdp = ParallelismConfig(), parse_flag_from_env("ACCELERATE_USE_FSDP") or bool(args.fsdp)
     if sizes.tp_size > 1 and (fsdp or sizes.data_parallel_size > 1):
         raise ValueError(
             f"`PARALLELISM_CONFIG_TP_SIZE` must be 1 with FSDP or data parallelism beside it, got {sizes.tp_size}; "
@@ -59,31 +55,26 @@ def set_up(args: TrainingArguments, resume: bool, checkpoint: Path | None, avera
             raise ValueError(
                 f"training with tensor parallelism needs Transformers 5.23, this is {transformers.__version__}"
             )
-        if resume:  # without an optimizer no checkpoint is whole, so there is none here either
+        if resume:  # its checkpoints lack the optimizer, so none is complete and `checkpoint` is None
             raise ValueError("--resume is not for tensor parallelism: Transformers keeps no optimizer state of it")
         args.save_only_model = True
     if checkpoint is not None and is_sharded_checkpoint(checkpoint) != fsdp:
         raise ValueError(
-            f"{checkpoint} is of a run {'without' if fsdp else 'with'} FSDP; go on with the launcher's settings of "
-            "then, on as many processes as you like"
-        )
-    if averaged and (fsdp or is_on("ACCELERATE_USE_DEEPSPEED") or args.deepspeed or sizes.non_data_parallel_size > 1):
-        raise ValueError(
-            "`averaging.decay` is for one process, or several with DDP, each of which has all weights, not for FSDP, "
-            "DeepSpeed, tensor or context parallelism; leave it out"
-        )
-    if checkpoint is not None and (checkpoint / UNAVERAGED).is_file() != averaged:
-        raise ValueError(
-            f"{checkpoint} is of a run {'without' if averaged else 'with'} `averaging.decay`; go on with the recipe "
-            "of then, or begin anew in another --output-dir"
+            f"{checkpoint} is of a run {'without' if fsdp else 'with'} FSDP; resume with the launch settings of that "
+            "run; the number of processes may differ"
         )
     if (fsdp or sizes.tp_size > 1) and args.world_size > 1 and args.device.type == "cpu":
-        # accelerate shards on accelerators alone, though all that it then does works on a processor too
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+        # To try a launch without GPUs: accelerate shards on accelerators only, though its steps work on CPUs too.
+        args.distributed_state.distributed_type = DistributedType.MULTI_XPU
+
+
+def is_sharded_checkpoint(folder: Path) -> bool:
+    """Whether a checkpoint of `Trainer` was saved under FSDP: the weights as a folder of shards, or as one file."""
+    return (folder / "pytorch_model_fsdp_0").is_dir() or (folder / "pytorch_model_fsdp.bin").is_file()
 
 
 def make_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
-    """A new model as this process is to have it: whole or, under tensor parallelism, its part of it."""
+    """The model from `make` as this process needs it: whole or, under tensor parallelism, this process's part."""
     model = make()
     tp_size = ParallelismConfig().tp_size
     if tp_size == 1:
@@ -91,12 +82,12 @@ def make_model(make: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     model = type(model).from_pretrained(  # Transformers shards a model as it loads it
         None, config=model.config, state_dict=model.state_dict(), distributed_config=DistributedConfig(tp_size=tp_size)
     )
-    model.register_load_state_dict_pre_hook(shard_what_is_loaded)
+    model.register_load_state_dict_pre_hook(shard_loaded_weights)
     return model
 
 
-def shard_what_is_loaded(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], *_: object) -> None:
-    """Before `load_state_dict`, by which `Trainer` loads the best checkpoint: cut whole weights as the model's are."""
+def shard_loaded_weights(model: PreTrainedModel, state_dict: dict[str, torch.Tensor], *_: object) -> None:
+    """Before `load_state_dict`, which loads the best checkpoint: shard whole weights as those of the model."""
     for name, own in model.state_dict().items():
         if isinstance(own, DTensor) and name in state_dict and not isinstance(state_dict[name], DTensor):
             state_dict[name] = distribute_tensor(
@@ -104,15 +95,11 @@ def shard_what_is_loaded(model: PreTrainedModel, state_dict: dict[str, torch.Ten
             )
 
 
-def is_sharded(model: PreTrainedModel) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
-
-
 class ShardsCallback(TrainerCallback):
     """
-    Two things that `Trainer` leaves out of checkpoints under FSDP. Their folder is there before the model is saved:
-    without it the newest is not taken for the best when it is. And config.json lies beside the shards, which are a
-    model for `AutoModel` once `accelerate merge-weights CHECKPOINT/pytorch_model_fsdp_0 CHECKPOINT` has merged them.
+    Adds what `Trainer` leaves out under FSDP. It makes a checkpoint's folder before the weights are saved: without it
+    `Trainer` does not record the newest checkpoint as the best. And it writes config.json beside the shards, which are
+    a model for `AutoModel` after `accelerate merge-weights CHECKPOINT/pytorch_model_fsdp_0 CHECKPOINT`.
     """
 
     def on_evaluate(self, args, state, control, **kwargs):
@@ -128,7 +115,7 @@ class ShardsCallback(TrainerCallback):
 
 
 def attach(trainer: Trainer) -> None:
-    """Add to a `Trainer` what sharding asks for."""
+    """Add to a `Trainer` what sharding needs."""
     if trainer.is_fsdp_enabled:
         trainer.add_callback(ShardsCallback())
     if trainer.get_tp_size() > 1:  # every process has the results of every row, so they are not gathered
@@ -138,11 +125,11 @@ def attach(trainer: Trainer) -> None:
 def whole_model(trainer: Trainer, make: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
     """
     The trained model in one piece on the first process, None on the others; every process must call this. Shards are
-    gathered into a model from `make`, which is an ordinary one on the CPU.
+    gathered into a new model from `make`, on the CPU.
     """
     model = trainer.accelerator.unwrap_model(trainer.model)
     first = trainer.is_world_process_zero()
-    if not is_sharded(model):
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return model if first else None
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if not first:

@@ -1,8 +1,8 @@
 """
 Recipes: a folder with `config.json` (the model, as `AutoConfig` reads it) and `training.toml` (everything else).
 
-A recipe is read into frozen dataclasses that refuse what they do not know, naming the key and the nearest valid one.
-`training.toml` has these sections:
+Each section of `training.toml` is read into a frozen dataclass. pydantic checks the types and bounds that its fields
+declare; nothing is converted, and an error names the key, the value and what is valid.
 
 | section | its keys |
 |---|---|
@@ -18,14 +18,16 @@ A recipe is read into frozen dataclasses that refuse what they do not know, nami
 
 import argparse
 import dataclasses
+import functools
 import json
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
+import pydantic
 import torch
 from datasets import DatasetDict
+from pydantic import Field, PositiveFloat, PositiveInt
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase, TrainingArguments
 
 from modeling_rtransformer.configuration_rtransformer import nearest
@@ -41,7 +43,6 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 CONFIGURATION = Path(__file__).resolve().parents[2] / "configuration"
-SECTIONS = ("task", "data", "tokenizer", "training", "schedule", "averaging", "budget", "report")
 
 # Written into every saved config by Transformers, so a saved model's config.json is a recipe's config.json too.
 CONFIG_EXTRAS = ("model_type", "architectures", "transformers_version", "auto_map", "dtype", "_name_or_path")
@@ -57,6 +58,15 @@ TRAINING_DEFAULTS: dict[str, Any] = {
     "include_num_input_tokens_seen": "all",
     "dataloader_pin_memory": torch.cuda.is_available(),
 }
+# Fields of TrainingArguments that a recipe must not set, with what to use instead. A token would be saved and pushed.
+NOT_IN_A_RECIPE = {
+    "output_dir": "use --output-dir",
+    "hub_token": "log in with `hf auth login` or set HF_TOKEN",
+    "push_to_hub_token": "log in with `hf auth login` or set HF_TOKEN",
+}
+Training = dataclasses.make_dataclass(
+    "Training", [(f.name, f.type, None) for f in dataclasses.fields(TrainingArguments) if f.init], frozen=True
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +75,15 @@ class Budget:
     When to stop before the steps run out.
 
     Args:
-        max_seconds: stop after this time, evaluations included; the learning rate comes down with the clock. The time
-            of an interrupted run counts on when it is resumed.
-        clock: whether these are seconds on the `wall` or of the `processor`, all threads of the process together, of
-            which a machine that does other work as well takes nothing away.
+        max_seconds: stop after this time, evaluations included; the learning rate follows the clock down. The seconds
+            of an interrupted run count when it is resumed.
+        clock: `wall` time, or `processor`: CPU time of this process over all threads, independent of other load.
         early_stopping_patience: stop after this many evaluations without a better score.
     """
 
-    max_seconds: float | None = None
+    max_seconds: PositiveFloat | None = None
     clock: Literal["wall", "processor"] = "wall"
-    early_stopping_patience: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_seconds", "early_stopping_patience"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"`budget.{name}` must be above 0, or left out for no limit, got {value}")
+    early_stopping_patience: PositiveInt | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,42 +92,30 @@ class Schedule:
     What Transformers' learning rate schedules lack.
 
     Args:
-        drop_every_epochs: multiply the rate by `drop_factor` after each so many epochs; never if left out.
+        drop_every_epochs: multiply the rate by `drop_factor` after every so many epochs; never if left out.
         drop_factor: above 0 and below 1.
     """
 
-    drop_every_epochs: int | None = None
-    drop_factor: float = 0.1
-
-    def __post_init__(self) -> None:
-        if self.drop_every_epochs is not None and self.drop_every_epochs < 1:
-            raise ValueError(f"`schedule.drop_every_epochs` must be at least 1, got {self.drop_every_epochs}")
-        if not 0 < self.drop_factor < 1:
-            raise ValueError(f"`schedule.drop_factor` must be above 0 and below 1, got {self.drop_factor}")
+    drop_every_epochs: PositiveInt | None = None
+    drop_factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Averaging:
     """
-    What is scored and kept: an exponential moving average of the weights (`averaging.py`) in place of the last.
+    Score, save and return an exponential moving average of the weights (`averaging.py`).
 
     Args:
-        decay: the share of the average that a step leaves, above 0 and below 1; no average if left out.
+        decay: the share of the average that a step keeps, above 0 and below 1; no average if left out.
     """
 
-    decay: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.decay is not None and not 0 < self.decay < 1:
-            raise ValueError(
-                f"`averaging.decay` must be above 0 and below 1, or left out for no average, got {self.decay}"
-            )
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
     """
-    What the result tells.
+    What the result contains.
 
     Args:
         metrics: names of `scripts/metrics/`; the first one picks the best checkpoint.
@@ -137,20 +128,20 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """One recipe, checked. `sections` holds the settings of `training.toml` with every override, as plain values."""
+    """A checked recipe. `sections` holds the settings of `training.toml` with every override, as plain values."""
 
     name: str
     model: Mapping[str, Any]
+    sections: Mapping[str, Mapping[str, Any]]
+    tokenizer: TokenizerOptions | None
+    overrides: tuple[str, ...]
     task: Any
     data: Any
-    tokenizer: TokenizerOptions | None
     training: Mapping[str, Any]
     schedule: Schedule
     averaging: Averaging
     budget: Budget
     report: Report
-    sections: Mapping[str, Mapping[str, Any]]
-    overrides: tuple[str, ...] = ()
 
     def config(self, **values: Any) -> PreTrainedConfig:
         """The model's config: `config.json`, completed by what the task found in the data."""
@@ -162,7 +153,7 @@ class Recipe:
         return SOURCES[self.data.source].load(self.data)
 
     def prepare(self, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[str]) -> Prepared:
-        """The recipe's task with its data; the tokenizer is made where none is given."""
+        """The recipe's task with its data; builds a tokenizer where none is given."""
         return TASKS[self.task.name].prepare(self, tokenizer, splits)
 
     def save(self, folder: Path) -> None:
@@ -173,6 +164,17 @@ class Recipe:
         (folder / "training.toml").write_text("\n".join(lines), encoding="utf-8")
 
 
+# The sections that are the same for all tasks and sources; `Training` only checks, TrainingArguments come later.
+SETTINGS = {
+    "training": Training,
+    "schedule": Schedule,
+    "averaging": Averaging,
+    "budget": Budget,
+    "report": Report,
+}
+SECTIONS = ("task", "data", "tokenizer", *SETTINGS)
+
+
 def add_overrides(
     parser: argparse.ArgumentParser,
     what: str = "a setting of training.toml, as section.key=value, or model.key=value for config.json",
@@ -181,6 +183,26 @@ def add_overrides(
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides", help=f"{what}; may be repeated"
     )
+
+
+def recipe_names() -> list[str]:
+    """The folders of configuration/ except accelerate/, which holds launch settings."""
+    return sorted(path.name for path in CONFIGURATION.iterdir() if path.is_dir() and path.name != "accelerate")
+
+
+def recipe_folder(recipe: str | Path) -> Path:
+    """The folder of a recipe, given by its name or its path."""
+    known = recipe_names()
+    folder = CONFIGURATION / recipe if str(recipe) in known else Path(recipe)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"recipe {str(recipe)!r} is neither a folder nor a name in configuration/ ({', '.join(known)})"
+            f"{nearest(str(recipe), known)}"
+        )
+    for name in ("config.json", "training.toml"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"recipe {str(recipe)!r} has no {name}; a recipe is config.json and training.toml")
+    return folder.resolve()
 
 
 def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -194,42 +216,132 @@ def read_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises:
         ValueError, FileNotFoundError: the recipe is no such folder, a file is missing or cannot be parsed, or a
-            key or value is not valid; with the key, the value and the remedy.
+            key or value is not valid; the message has the key, the value and the remedy.
     """
     folder = recipe_folder(recipe)
     model = parse_file(folder / "config.json", json.loads)
     described = model.get("model_type")
     sections = parse_file(folder / "training.toml", tomllib.loads)
+    refuse_unknown(sections, SECTIONS, "section `[{}]` of training.toml is not known")
+    for section, values in sections.items():
+        if not isinstance(values, dict):
+            raise ValueError(f"`{section}` of training.toml must be a section, `[{section}]`, got {values!r}")
+    sections["model"] = model
     for override in overrides:
-        _override(override, model, sections)
-    _refuse_unknown(sections, SECTIONS, "section `[{}]` of training.toml is not known")
+        _override(override, sections)
     for section in ("task", "data", "report"):
         if section not in sections:
             raise ValueError(f"section `[{section}]` is missing from {folder / 'training.toml'}")
+    model = sections.pop("model")
     _check_model(model, described)
-    tokenizer = sections.get("tokenizer")
-    recipe = Recipe(
-        name=folder.name,
-        model=model,
-        task=_read(_chosen(sections, "task", "name", TASKS).Options, sections["task"], "task"),
-        data=_read(_chosen(sections, "data", "source", SOURCES).Options, sections["data"], "data"),
-        tokenizer=None if tokenizer is None else _read(TokenizerOptions, tokenizer, "tokenizer"),
-        training={**TRAINING_DEFAULTS, **_check_training(sections.get("training", {}))},
-        schedule=_read(Schedule, sections.get("schedule", {}), "schedule"),
-        averaging=_read(Averaging, sections.get("averaging", {}), "averaging"),
-        budget=_read(Budget, sections.get("budget", {}), "budget"),
-        report=_read(Report, sections["report"], "report"),
-        sections=sections,
-        overrides=tuple(overrides),
-    )
-    recipe.config()  # the config class checks its values
-    _check_stream(recipe)
-    return recipe
+    for name in set(NOT_IN_A_RECIPE) & set(sections.get("training", {})):
+        raise ValueError(f"`training.{name}` is not a setting of a recipe; {NOT_IN_A_RECIPE[name]}")
+
+    kinds = {
+        "task": _chosen(sections, "task", "name", TASKS).Options,
+        "data": _chosen(sections, "data", "source", SOURCES).Options,
+        **SETTINGS,
+    }
+    settings = {name: read(kind, sections.get(name, {}), f"{name}.") for name, kind in kinds.items()}
+    settings["training"] = {**TRAINING_DEFAULTS, **sections.get("training", {})}
+    tokenizer = read(TokenizerOptions, sections["tokenizer"], "tokenizer.") if "tokenizer" in sections else None
+    result = Recipe(folder.name, model, sections, tokenizer, tuple(overrides), **settings)
+    result.config()  # the config class checks its values
+    _check_stream(result)
+    return result
 
 
-def recipe_names() -> list[str]:
-    """The folders of configuration/; accelerate/ has settings for launching any of them."""
-    return sorted(path.name for path in CONFIGURATION.iterdir() if path.is_dir() and path.name != "accelerate")
+def parse_file(path: Path, loads) -> dict[str, Any]:
+    """What `loads` makes of a file; the error names the file if it cannot be read."""
+    try:
+        return loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def read(kind: type, values: Mapping[str, Any], before: str = "", after: str = "") -> Any:
+    """
+    A dataclass of `kind` from a table of TOML, checked by pydantic without any conversion.
+
+    Args:
+        kind: a dataclass; its annotations may hold pydantic's bounds, such as `PositiveInt`.
+        before, after: what surrounds a key in errors: `before` is part of its name, as in `budget.max_seconds`.
+
+    Raises:
+        ValueError: a key is unknown or missing, or a value is not valid, with the valid ones and the nearest key.
+    """
+    try:
+        return _checked(kind)(**values)
+    except pydantic.ValidationError as error:
+        raise ValueError(_explanation(error.errors(), kind, before, after)) from None
+
+
+@functools.cache
+def _checked(kind: type) -> type:
+    options = pydantic.ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+    return pydantic.dataclasses.dataclass(kind, frozen=True, config=options)
+
+
+def _explanation(errors: list[Any], kind: type, before: str, after: str) -> str:
+    """One sentence on the first error. An unknown key goes first, since a key may be missing because it is misspelt."""
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    error = min(errors, key=lambda error: error["type"] != "unexpected_keyword_argument")
+    if not error["loc"]:
+        return str(error["ctx"]["error"])  # raised by `__post_init__`, which names the key itself
+    key, *inside = error["loc"]
+    name = f"`{before}{key}{''.join(f'[{place}]' for place in inside if isinstance(place, int))}`{after}"
+    if error["type"] == "unexpected_keyword_argument":
+        return f"{name} is not a setting" + (nearest(key, fields) or f"; known are {', '.join(fields)}")
+    if error["type"] == "missing":
+        return f"{name} is missing, and it has no default"
+    valid = " or ".join(e["msg"].removeprefix("Input should be ") for e in errors if e["loc"][0] == key)
+    optional = ", or left out" if fields[key].default is None else ""
+    return f"{name} must be {valid}{optional}, got {error['input']!r}"
+
+
+def refuse_unknown(keys: Iterable[str], valid: Sequence[str], message: str) -> None:
+    """Raise a ValueError with `message` and the nearest valid key if one of `keys` is not valid."""
+    for key in keys:
+        if key not in valid:
+            raise ValueError(message.format(key) + (nearest(key, valid) or f"; known are {', '.join(sorted(valid))}"))
+
+
+def _override(override: str, sections: dict[str, Any]) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, name = key.strip().partition(".")
+    known = ("model", *SECTIONS)
+    if not (equals and (name if dot else section in known)):
+        raise ValueError(f"--set {override!r} must read section.key=value, such as training.learning_rate=1e-3")
+    refuse_unknown([section], known, "--set names the section `{}`, which is not known")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()  # a bare word
+    if dot:
+        sections.setdefault(section, {})[name] = value
+    elif isinstance(value, dict):
+        sections[section] = value
+    else:
+        raise ValueError(f'--set {override!r} must be a table, such as model={{model_type = "recurrent"}}')
+
+
+def _chosen(sections: dict[str, Any], section: str, key: str, valid: Mapping[str, Any]) -> Any:
+    value = sections[section].get(key)
+    if value not in valid:
+        problem = "is missing; it" if value is None else "must be"
+        hint = "" if value is None else f", got {value!r}{nearest(value, valid)}"
+        raise ValueError(f"`{section}.{key}` {problem} one of {', '.join(valid)}{hint}")
+    return valid[value]
+
+
+def _check_model(values: Mapping[str, Any], described: str | None) -> None:
+    kind = values.get("model_type")
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"`model_type` of config.json must be a model type of Transformers, got {kind!r}")
+    message = "`model.{}` is not a field of the model's config"
+    if kind != described:  # what is left of config.json belongs to another type
+        message += f"; config.json describes {described}, --set 'model={{{{model_type = ...}}}}' replaces all of it"
+    refuse_unknown(values, [*CONFIG_MAPPING[kind].__dataclass_fields__, *CONFIG_EXTRAS], message)
 
 
 def _check_stream(recipe: Recipe) -> None:
@@ -244,128 +356,6 @@ def _check_stream(recipe: Recipe) -> None:
             f"`training.max_steps` must be above 0 where `data.streaming` is set, got "
             f"{recipe.training.get('max_steps')}: how long a stream is cannot be known"
         )
-
-
-def recipe_folder(recipe: str | Path) -> Path:
-    """The folder of a recipe, given by its name or its path."""
-    known = recipe_names()
-    folder = CONFIGURATION / recipe if str(Path(recipe)) in known else Path(recipe)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"recipe {str(recipe)!r} is neither a folder nor a name in configuration/ ({', '.join(known)})"
-            f"{nearest(str(recipe), known)}"
-        )
-    for name in ("config.json", "training.toml"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"recipe {str(recipe)!r} has no {name}; a recipe is config.json and training.toml")
-    return folder.resolve()
-
-
-def parse_file(path: Path, loads) -> dict[str, Any]:
-    """What `loads` makes of a file, whose name is in the error if it cannot be read."""
-    try:
-        return loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and TOMLDecodeError are ValueErrors
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _override(override: str, model: dict[str, Any], sections: dict[str, Any]) -> None:
-    key, equals, text = override.partition("=")
-    section, dot, name = key.strip().partition(".")
-    if not (equals and (name if dot else section in ("model", *SECTIONS))):
-        raise ValueError(f"--set {override!r} must read section.key=value, such as training.learning_rate=1e-3")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()  # a bare word
-    if not dot:
-        if not isinstance(value, dict):
-            raise ValueError(f'--set {override!r} must be a table, such as model={{model_type = "recurrent"}}')
-        if section == "model":
-            model.clear()
-            model.update(value)
-        else:
-            sections[section] = value
-    elif section == "model":
-        model[name] = value
-    else:
-        _refuse_unknown([section], ("model", *SECTIONS), "--set names the section `{}`, which is not known")
-        sections.setdefault(section, {})[name] = value
-
-
-def _chosen(sections: dict[str, Any], section: str, key: str, valid: Mapping[str, Any]) -> Any:
-    if key not in sections[section]:
-        raise ValueError(f"`{section}.{key}` is missing; it is one of {', '.join(valid)}")
-    value = sections[section][key]
-    if value not in valid:
-        raise ValueError(f"`{section}.{key}` must be one of {', '.join(valid)}, got {value!r}{nearest(value, valid)}")
-    return valid[value]
-
-
-def _refuse_unknown(keys, valid: Sequence[str], message: str) -> None:
-    for key in keys:
-        if key not in valid:
-            raise ValueError(message.format(key) + (nearest(key, valid) or f"; known are {', '.join(sorted(valid))}"))
-
-
-def _read(options: type, values: Mapping[str, Any], section: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(options)}
-    _refuse_unknown(values, list(fields), f"`{section}.{{}}` is not a setting")
-    _check_types(fields, values, section)
-    for name, field in fields.items():
-        required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-        if required and name not in values:
-            raise ValueError(f"`{section}.{name}` is missing from training.toml; it is needed by this {section}")
-    return options(**values)
-
-
-def _check_training(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    fields = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
-    if "output_dir" in values:
-        raise ValueError("`training.output_dir` is not a setting of a recipe; use --output-dir")
-    for name in ("hub_token", "push_to_hub_token"):
-        if name in values:  # it would be written into training.toml and results.json
-            raise ValueError(
-                f"`training.{name}` is not a setting of a recipe; log in with `hf auth login` or set HF_TOKEN"
-            )
-    _refuse_unknown(values, list(fields), "`training.{}` is not a field of TrainingArguments")
-    _check_types(fields, values, "training")
-    return values
-
-
-def _check_model(values: Mapping[str, Any], described: str | None) -> None:
-    if values.get("model_type") not in CONFIG_MAPPING:
-        raise ValueError(
-            f"`model_type` of config.json must be a model type of Transformers, got {values.get('model_type')!r}"
-        )
-    fields = CONFIG_MAPPING[values["model_type"]].__dataclass_fields__
-    message = "`model.{}` is not a field of the model's config"
-    if values["model_type"] != described:  # what is left of config.json belongs to another type
-        message += f"; config.json describes {described}, --set 'model={{{{model_type = ...}}}}' replaces all of it"
-    _refuse_unknown(values, [*fields, *CONFIG_EXTRAS], message)
-
-
-def _check_types(fields: Mapping[str, dataclasses.Field], values: Mapping[str, Any], section: str) -> None:
-    for name, value in values.items():
-        if not _accepts(value, fields[name].type):
-            expected = fields[name].type
-            expected = getattr(expected, "__name__", str(expected)) if isinstance(expected, type) else str(expected)
-            raise ValueError(f"`{section}.{name}` must be of type {expected.replace('typing.', '')}, got {value!r}")
-
-
-def _accepts(value: Any, annotation: Any) -> bool:
-    origin = get_origin(annotation)
-    if origin in (Union, types.UnionType):
-        return any(_accepts(value, choice) for choice in get_args(annotation))
-    if origin is Literal:
-        return value in get_args(annotation)
-    if origin is list:
-        return isinstance(value, list) and all(_accepts(item, get_args(annotation)[0]) for item in value)
-    if annotation in (int, float):
-        return isinstance(value, (int, annotation)) and not isinstance(value, bool)
-    if annotation in (str, bool, dict, list, type(None)):
-        return isinstance(value, annotation)
-    return True  # an enumeration or class of Transformers, which checks it itself
 
 
 def _toml(value: Any) -> str:

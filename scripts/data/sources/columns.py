@@ -1,8 +1,10 @@
 """Settings and checks that all sources of a user's own data share."""
 
 import dataclasses
+from typing import Annotated
 
 from datasets import Dataset, DatasetDict, IterableDataset
+from pydantic import Field, PositiveInt
 
 from modeling_rtransformer.configuration_rtransformer import nearest
 
@@ -18,18 +20,14 @@ class TableOptions:
         shuffle_documents: documents of a stream that are held in memory, tokenised and shuffled together.
     """
 
-    held_out: float = 0.1
+    held_out: Annotated[float, Field(gt=0, lt=0.5)] = 0.1
     seed: int = 0
     text_column: str = "text"
     label_column: str | None = None
     streaming: bool = False
-    shuffle_documents: int = 256
+    shuffle_documents: PositiveInt = 256
 
     def __post_init__(self) -> None:
-        if not 0 < self.held_out < 0.5:
-            raise ValueError(f"`data.held_out` must be above 0 and below 0.5, got {self.held_out}")
-        if self.shuffle_documents < 1:
-            raise ValueError(f"`data.shuffle_documents` must be at least 1, got {self.shuffle_documents}")
         for split in ("validation", "test"):
             if self.streaming and not getattr(self, split):
                 raise ValueError(

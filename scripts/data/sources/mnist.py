@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Array2D, ClassLabel, Dataset, DatasetDict, Features
+from pydantic import NonNegativeInt, PositiveInt
 
 from scripts.data.sources.download import in_folder_or_downloaded, read_bytes
 
@@ -37,14 +38,8 @@ class Options:
 
     source: str
     folder: str | None = None
-    permutation_seed: int | None = None
-    max_train_rows: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.permutation_seed is not None and self.permutation_seed < 0:
-            raise ValueError(f"`data.permutation_seed` must be at least 0, got {self.permutation_seed}")
-        if self.max_train_rows is not None and self.max_train_rows < 1:
-            raise ValueError(f"`data.max_train_rows` must be at least 1, got {self.max_train_rows}")
+    permutation_seed: NonNegativeInt | None = None
+    max_train_rows: PositiveInt | None = None
 
 
 def load(options: Options) -> DatasetDict:

@@ -38,6 +38,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from datasets import Dataset, DatasetDict
+from pydantic import PositiveInt
 
 
 END = "<end>"
@@ -138,15 +139,10 @@ class Options:
 
     source: str
     language: Language
-    train: int = 10_000
-    validation: int = 1_000
-    test: int = 2_000
+    train: PositiveInt = 10_000
+    validation: PositiveInt = 1_000
+    test: PositiveInt = 2_000
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("train", "validation", "test"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`data.{name}` must be at least 1, got {getattr(self, name)}")
 
 
 def load(options: Options) -> DatasetDict:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath
 
 from datasets import Dataset, DatasetDict, Features, Value
+from pydantic import PositiveInt
 
 
 LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -26,7 +27,7 @@ class Options:
     """
 
     source: str
-    max_files: int | None = None
+    max_files: PositiveInt | None = None
 
 
 def split_of(path: PurePath) -> str:

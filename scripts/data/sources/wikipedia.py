@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from datasets import Dataset, DatasetDict
+from pydantic import PositiveInt
 
 from scripts.data.sources.download import local_or_downloaded, read_bytes
 
@@ -38,11 +39,7 @@ class Options:
     source: str
     dataset: Literal["enwik8", "text8"]
     file: str | None = None
-    max_train_bytes: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_train_bytes is not None and self.max_train_bytes < 1:
-            raise ValueError(f"`data.max_train_bytes` must be at least 1, got {self.max_train_bytes}")
+    max_train_bytes: PositiveInt | None = None
 
 
 def load(options: Options) -> DatasetDict:
