@@ -25,7 +25,7 @@ from modeling_rtransformer import RTransformerConfig
 from scripts import train
 from scripts.results.parameter_matching import count_parameters, match, read_baselines
 from scripts.results.plots import plot_curves, plot_gates
-from scripts.results.tables import Run, Table, markdown, read_tables, slug
+from scripts.results.tables import RESULTS, Run, Table, markdown, read_results, read_tables, slug
 from scripts.sharing.card import gate_rows, head_of
 from scripts.training.checkpoints import load_model
 from scripts.training.recipe import read_recipe
@@ -48,7 +48,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", default=[], help="runs whose name begins so: table/row/..."
     )
-    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="where results are kept")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "report", help="where trainings go")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "RESULTS.md", help="the file to write")
     return parser.parse_args(arguments)
@@ -116,10 +116,7 @@ def draw(table: Table, found: Mapping[str, Mapping[str, Any]], folder: Path) -> 
 
 def write(tables: Mapping[str, Table], results: Path, output: Path) -> None:
     """Write the report from the results that are there."""
-    found = {
-        str(path.relative_to(results).with_suffix("")).replace("\\", "/"): json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(results.rglob("*.json"))
-    }
+    found = read_results(results)
     sections = []
     for table in tables.values():
         if any(run.name in found for run in table.runs()):

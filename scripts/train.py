@@ -24,7 +24,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -37,7 +36,7 @@ from scripts.results.provenance import commit, machine, versions
 from scripts.sharing.upload import PushError
 from scripts.tasks.prepared import Prepared
 from scripts.training.averaging import WeightAverage
-from scripts.training.budget import CLOCKS, EpochDrops, TimeBudget
+from scripts.training.budget import CLOCKS, SCORING_ENDS, EpochDrops, TimeBudget
 from scripts.training.checkpoints import newest_complete, put_in_place, restore_callbacks
 from scripts.training.interruptions import (
     NotFinite,
@@ -87,15 +86,33 @@ def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
     return TrainingArguments(output_dir=str(output_dir), **{**chosen, **recipe.training})
 
 
-def result_of(trainer: Trainer, prepared: Prepared, recipe: Recipe, seconds: Mapping[str, float]) -> dict:
+def scores_of(
+    trainer: Trainer, prepared: Prepared, recipe: Recipe, budget: TimeBudget
+) -> tuple[dict[str, dict[str, float]], dict[str, list[int]]]:
+    """
+    The metrics of validation and test, and of each split how many of its rows were scored and how many it has: fewer
+    where `budget.total_seconds` leaves no time for all, which both splits have for as many of their rows then.
+    """
+    metrics, rows = {}, {split: len(prepared.datasets[split]) for split in ("validation", "test")}
+    scored = {}
+    for split, share in (("validation", rows["validation"] / sum(rows.values())), ("test", 1.0)):
+        seconds = share * budget.left(SCORING_ENDS)
+        metrics[split], given = score(trainer, prepared, split, recipe.report.metrics, seconds, budget.clock)
+        scored[split] = [given, rows[split]]
+    return metrics, scored
+
+
+def result_of(trainer: Trainer, prepared: Prepared, recipe: Recipe, budget: TimeBudget) -> dict:
     """Score the trained model and gather what there is to say about the run."""
-    metrics = {split: score(trainer, prepared, split, recipe.report.metrics) for split in ("validation", "test")}
+    seconds = {clock: round(budget.seconds_by(clock), 1) for clock in CLOCKS}
+    metrics, scored = scores_of(trainer, prepared, recipe, budget)
     metrics["test"].update(prepared.compare("test"))
     state = trainer.state
     return {
         "recipe": recipe.name,
         "overrides": list(recipe.overrides),
         "metrics": metrics,
+        "rows_scored": scored,
         "parameters": trainer.accelerator.unwrap_model(trainer.model).num_parameters(),
         "tokens_seen": state.num_input_tokens_seen // trainer.get_tp_size(),  # a row once, however many share it
         "steps": state.global_step,
@@ -158,6 +175,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
     options = parse_arguments(arguments)
     try:
         recipe = read_recipe(options.recipe, options.overrides)
+        budget = TimeBudget(recipe.budget.max_seconds, recipe.budget.clock, recipe.budget.total_seconds)
         output_dir = options.output_dir or Path("runs") / recipe.name
         checkpoint = prepare_output(output_dir, options.resume)
         require_writable(output_dir)
@@ -173,7 +191,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
         require_room(output_dir, model, args, averaged)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    budget, watch = TimeBudget(recipe.budget.max_seconds, recipe.budget.clock), Watch(prepared.tokenizer)
+    watch = Watch(prepared.tokenizer)
     drops = EpochDrops(recipe.schedule.drop_every_epochs, recipe.schedule.drop_factor)
     callbacks = [drops, budget, watch]
     if averaged:
@@ -194,8 +212,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
     if watch.signal is not None:
         trainer.accelerator.end_training()
         stopped_by(watch.signal, trainer.state.global_step, output_dir)
-    seconds = {clock: round(budget.seconds_by(clock), 1) for clock in CLOCKS}
-    result = result_of(trainer, prepared, recipe, seconds)
+    result = result_of(trainer, prepared, recipe, budget)
     result["wall_seconds"]["total"] = round(time.monotonic() - started, 1)
     model = whole_model(trainer, make)
     if trainer.is_world_process_zero():

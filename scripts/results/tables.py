@@ -5,6 +5,7 @@ A table has rows (models), columns (settings of the task) and seeds; each row, c
 """
 
 import dataclasses
+import json
 import re
 import shlex
 import statistics
@@ -14,6 +15,9 @@ from typing import Any
 
 from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.training.recipe import CONFIGURATION, parse_file, tomllib
+
+
+RESULTS = CONFIGURATION.parent / "docs" / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +162,14 @@ def _make(kind: type, values: Mapping[str, Any], place: str, path: Path):
         if needed and values.get(key) is None:
             raise ValueError(f"`{key}` is missing in {place} of {path.name}")
     return kind(**values)
+
+
+def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """What the runs left that were kept in a folder: by [`Run.name`], `result`, `curve` and `gates`."""
+    return {
+        path.relative_to(folder).with_suffix("").as_posix(): json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(folder.rglob("*.json"))
+    }
 
 
 def cell(table: Table, results: Sequence[Mapping[str, Any]]) -> str:

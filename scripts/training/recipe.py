@@ -69,15 +69,19 @@ class Budget:
             of an interrupted run counts on when it is resumed.
         clock: whether these are seconds on the `wall` or of the `processor`, all threads of the process together, of
             which a machine that does other work as well takes nothing away.
+        total_seconds: end the whole run, start-up and scoring included, in this time: training ends after 5/6 of it at
+            the latest, and as many rows of a split are scored, evenly spread, as there is time for; the result says
+            how many.
         early_stopping_patience: stop after this many evaluations without a better score.
     """
 
     max_seconds: float | None = None
+    total_seconds: float | None = None
     clock: Literal["wall", "processor"] = "wall"
     early_stopping_patience: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_seconds", "early_stopping_patience"):
+        for name in ("max_seconds", "total_seconds", "early_stopping_patience"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"`budget.{name}` must be above 0, or left out for no limit, got {value}")
