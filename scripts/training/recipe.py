@@ -78,10 +78,14 @@ class Budget:
         max_seconds: stop after this time, evaluations included; the learning rate follows the clock down. The seconds
             of an interrupted run count when it is resumed.
         clock: `wall` time, or `processor`: CPU time of this process over all threads, independent of other load.
+        total_seconds: end the whole run, start-up and scoring included, within this time. Training ends after 5/6 of it
+            at the latest; of each split as many rows as there is time for are scored, evenly spread, and the result
+            has their number.
         early_stopping_patience: stop after this many evaluations without a better score.
     """
 
     max_seconds: PositiveFloat | None = None
+    total_seconds: PositiveFloat | None = None
     clock: Literal["wall", "processor"] = "wall"
     early_stopping_patience: PositiveInt | None = None
 
