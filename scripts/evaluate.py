@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> dict:
         kept = ("per_device_eval_batch_size", "use_cpu", "bf16", "bf16_full_eval", "dataloader_num_workers")
         settings = {name: value for name, value in recipe.training.items() if name in kept}
         trainer = make_trainer(model, TrainingArguments(output_dir=folder, **settings), prepared)
-        metrics = score(trainer, prepared, options.split, recipe.report.metrics)
+        metrics, _ = score(trainer, prepared, options.split, recipe.report.metrics)
     return {
         "checkpoint": options.checkpoint.name,
         "split": options.split,

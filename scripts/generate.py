@@ -25,11 +25,15 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", help="the folder of a saved language model, or its name on the Hub")
     parser.add_argument("--prompt", required=True, help="the beginning of the text")
     parser.add_argument("--max-new-tokens", type=int, default=400)
+    parser.add_argument("--max-seconds", type=float, help="stop after this time; no limit if left out")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 for greedy decoding")
     parser.add_argument("--top-k", type=int, default=0, help="sample from the k most probable tokens; 0 for all")
     # Below 1, a small model of source code never ends a run of spaces: one more space alone has that probability.
     parser.add_argument(
         "--top-p", type=float, default=1.0, help="sample from the most probable tokens of this total probability"
+    )
+    parser.add_argument(
+        "--no-repeat", type=int, default=0, help="never write the same so many tokens again, spaces included; 0 for off"
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
@@ -45,7 +49,7 @@ def generate(options: argparse.Namespace) -> dict:
     if unknown:
         print(f"{unknown} tokens of the prompt are not in the vocabulary; the model reads <unk>", file=sys.stderr)
     prompt = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), prompt], dim=1).to(device)
-    sampling = {"do_sample": options.temperature > 0}
+    sampling = {"do_sample": options.temperature > 0, "no_repeat_ngram_size": options.no_repeat}
     if options.temperature > 0:
         sampling |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     never = [index for index in (tokenizer.unk_token_id, tokenizer.pad_token_id) if index is not None]
@@ -55,6 +59,7 @@ def generate(options: argparse.Namespace) -> dict:
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=options.max_new_tokens,
+        max_time=options.max_seconds,
         suppress_tokens=never,
         **sampling,
     )

@@ -39,7 +39,7 @@ from scripts.results.provenance import commit, machine, versions
 from scripts.sharing.upload import PushError
 from scripts.tasks.prepared import Prepared
 from scripts.training.averaging import average_callbacks
-from scripts.training.budget import CLOCKS, EpochDrops, TimeBudget
+from scripts.training.budget import CLOCKS, SCORING_ENDS, EpochDrops, TimeBudget
 from scripts.training.checkpoints import MarkComplete, newest_complete, replace_folder, restore_callbacks
 from scripts.training.interruptions import (
     InterruptionCallback,
@@ -112,6 +112,7 @@ def prepare(options: argparse.Namespace) -> Run:
         ValueError, OSError: a setting, the data, the output folder or the launch settings are not valid.
     """
     recipe = read_recipe(options.recipe, options.overrides)
+    budget = TimeBudget(recipe.budget.max_seconds, recipe.budget.clock, recipe.budget.total_seconds)
     output_dir = options.output_dir or Path("runs") / recipe.name
     checkpoint = prepare_output(output_dir, options.resume)
     require_writable(output_dir)
@@ -124,7 +125,6 @@ def prepare(options: argparse.Namespace) -> Run:
     set_seed(args.seed)
     make = functools.partial(prepared.auto_class.from_config, recipe.config(**prepared.config_values))
     model = make_model(make)
-    budget = TimeBudget(recipe.budget.max_seconds, recipe.budget.clock)
     interruption = InterruptionCallback(prepared.tokenizer)
     callbacks = [EpochDrops(recipe.schedule.drop_every_epochs, recipe.schedule.drop_factor), budget, interruption]
     if recipe.budget.early_stopping_patience is not None:
@@ -187,16 +187,33 @@ def finish(run: Run, began: float) -> dict | None:
     return result if model is not None else None
 
 
+def scores_of(run: Run) -> tuple[dict[str, dict[str, float]], dict[str, list[int]]]:
+    """
+    The metrics of the validation and the test split, and the rows of each: how many were scored, and how many there are.
+
+    `budget.total_seconds` may leave no time for all rows. Both splits then get time in proportion to their rows.
+    """
+    metrics, rows_scored = {}, {}
+    rows = {split: len(run.prepared.datasets[split]) for split in ("validation", "test")}
+    for split, share in (("validation", rows["validation"] / sum(rows.values())), ("test", 1.0)):
+        seconds = share * run.budget.left(SCORING_ENDS)
+        names = run.recipe.report.metrics
+        metrics[split], scored = score(run.trainer, run.prepared, split, names, seconds, run.budget.clock)
+        rows_scored[split] = [scored, rows[split]]
+    return metrics, rows_scored
+
+
 def result_of(run: Run) -> dict:
     """Score the trained model and gather the facts about the run."""
-    trainer, prepared, metrics = run.trainer, run.prepared, run.recipe.report.metrics
-    scores = {split: score(trainer, prepared, split, metrics) for split in ("validation", "test")}
-    scores["test"].update(prepared.compare("test"))
+    trainer = run.trainer
     seconds = {clock: {"training": round(run.budget.seconds_by(clock), 1)} for clock in CLOCKS}
+    metrics, rows_scored = scores_of(run)
+    metrics["test"].update(run.prepared.compare("test"))
     return {
         "recipe": run.recipe.name,
         "overrides": list(run.recipe.overrides),
-        "metrics": scores,
+        "metrics": metrics,
+        "rows_scored": rows_scored,
         "parameters": trainer.accelerator.unwrap_model(trainer.model).num_parameters(),
         # Each process counts the rows it reads, and those that share rows count them once each.
         "tokens_seen": trainer.state.num_input_tokens_seen // trainer.get_tp_size(),

@@ -177,3 +177,10 @@ def test_the_tables_of_the_repository_name_what_there_is():
             recipe = report.read_recipe(row.recipe, (*table.set, *row.set))
             assert set(table.metrics) <= set(recipe.report.metrics)
             assert row.baseline is None or row.baseline in report.read_baselines(row.recipe)
+
+
+def test_the_recipe_of_the_demo_is_the_first_row_of_its_table():
+    run, recipe = read_tables()["stdlib-code"].runs()[0], read_recipe("stdlib-code")
+    row = read_recipe(run.row.recipe, report.overrides_of(run))
+    assert (run.seed, run.row.baseline) == (recipe.training["seed"], None)
+    assert (row.model, row.sections) == (recipe.model, recipe.sections)

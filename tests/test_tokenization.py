@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from scripts.data.tokenization import Options, build_tokenizer, characters_per_token
+from scripts.data.tokenization import Options, build_tokenizer, characters_per_token, token_ids
 
 
 TEXTS = ["def f(x):\n    return x  # naïve\n", "a <eos> b\n\n\tétude <unk>\r\n", "木 and 😀 and <pad>"]
@@ -50,6 +50,13 @@ def test_text_that_spells_a_special_token_is_text(kind):
     tokenizer = build_tokenizer(OPTIONS[kind], TEXTS)
     ids = tokenizer("<eos><unk><pad>").input_ids
     assert not {tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id} & set(ids)
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_the_ids_of_many_texts_are_those_of_the_tokenizer(kind):
+    tokenizer = build_tokenizer(OPTIONS[kind], TEXTS)
+    texts = [*TEXTS, "", "unseen: \U0001f40d ß", "a\x00b"]
+    assert [list(ids) for ids in token_ids(tokenizer, texts)] == [tokenizer(text).input_ids for text in texts]
 
 
 def test_rare_and_surplus_characters_are_left_out():

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from scripts.data.streaming import StreamedWindows
-from scripts.data.tokenization import build_tokenizer, characters_per_token
+from scripts.data.tokenization import build_tokenizer, characters_per_token, token_ids
 from scripts.data.windows import IGNORED, TokenStream, Windows
 from scripts.metrics import METRIC_FUNCTIONS
 from scripts.tasks.prepared import Prepared, check, spread
@@ -151,8 +151,7 @@ def stream_of_rows(recipe, documents: IterableDataset, tokenizer: PreTrainedToke
 
 
 def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dict[str, list]:
-    encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return {"input_ids": [ids + [tokenizer.eos_token_id] for ids in encoded["input_ids"]]}
+    return {"input_ids": [np.append(ids, tokenizer.eos_token_id) for ids in token_ids(tokenizer, batch["text"])]}
 
 
 def row_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """`Trainer` as the recipes use it, and the scoring of a split."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
@@ -11,6 +12,7 @@ from modeling_rtransformer.hub_files import HubFilesCallback
 from scripts.data.streaming import StreamedWindows, StreamLoader
 from scripts.data.windows import IGNORED
 from scripts.tasks.prepared import Prepared
+from scripts.training.budget import RowsInTime
 from scripts.training.interruptions import InterruptionCallback, delay_signals_in_worker, maximum
 
 
@@ -117,7 +119,24 @@ def make_trainer(model: PreTrainedModel, args: TrainingArguments, prepared: Prep
     )
 
 
-def score(trainer: RecipeTrainer, prepared: Prepared, split: str, metrics: Sequence[str]) -> dict[str, float]:
-    """The named metrics on a whole split."""
-    scored = trainer.predict(prepared.datasets[split], metric_key_prefix=split).metrics
-    return {name: scored[f"{split}_{name}"] for name in metrics}
+def score(
+    trainer: RecipeTrainer,
+    prepared: Prepared,
+    split: str,
+    metrics: Sequence[str],
+    seconds: float = math.inf,
+    clock: str = "wall",
+) -> tuple[dict[str, float], int]:
+    """
+    The named metrics on a whole split, or on as many of its rows, evenly spread, as there are `seconds` for.
+
+    Returns:
+        The metrics, and how many rows were scored.
+    """
+    dataset = prepared.datasets[split]
+    if seconds < math.inf:
+        dataset = RowsInTime(dataset, seconds, clock)
+        trainer.args.dataloader_num_workers = 0  # every worker would give all rows, and none would tell how many
+    scored = trainer.predict(dataset, metric_key_prefix=split).metrics
+    rows = dataset.given if isinstance(dataset, RowsInTime) else len(dataset)
+    return {name: scored[f"{split}_{name}"] for name in metrics}, rows
