@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from scripts import generate, train
-from scripts.results.tables import RESULTS, read_results
+from scripts.report import ROOT, read_results
 from scripts.sharing.card import own_metrics
 from scripts.training.budget import CLOCKS
 from scripts.training.recipe import add_overrides
@@ -78,7 +78,9 @@ def scores(result: Mapping[str, Any], kept: Mapping[str, Mapping[str, Any]]) -> 
     ]
 
 
-def main(arguments: list[str] | None = None, spent: float = 0.0, results: Path = RESULTS) -> dict | None:
+def main(
+    arguments: list[str] | None = None, spent: float = 0.0, results: Path = ROOT / "docs" / "results"
+) -> dict | None:
     """
     Train, score and write; the result of `train.py` with the `text`, None on all processes but the first.
 

@@ -33,7 +33,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--top-p", type=float, default=1.0, help="sample from the most probable tokens of this total probability"
     )
     parser.add_argument(
-        "--no-repeat", type=int, default=0, help="write no run of so many tokens twice, blanks included; 0 for any"
+        "--no-repeat", type=int, default=0, help="never write the same so many tokens again, spaces included; 0 for off"
     )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
@@ -49,7 +49,7 @@ def generate(options: argparse.Namespace) -> dict:
     if unknown:
         print(f"{unknown} tokens of the prompt are not in the vocabulary; the model reads <unk>", file=sys.stderr)
     prompt = torch.cat([torch.tensor([[tokenizer.bos_token_id]]), prompt], dim=1).to(device)
-    sampling = {"do_sample": options.temperature > 0}
+    sampling = {"do_sample": options.temperature > 0, "no_repeat_ngram_size": options.no_repeat}
     if options.temperature > 0:
         sampling |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
     if options.no_repeat:

@@ -187,16 +187,32 @@ def finish(run: Run, began: float) -> dict | None:
     return result if model is not None else None
 
 
+def scores_of(run: Run) -> tuple[dict[str, dict[str, float]], dict[str, list[int]]]:
+    """
+    The metrics of the validation and the test split, and the rows of each: how many were scored, and how many there are.
+
+    `budget.total_seconds` may leave no time for all rows. Both splits then get time in proportion to their rows.
+    """
+    metrics, rows_scored = {}, {}
+    rows = {split: len(run.prepared.datasets[split]) for split in ("validation", "test")}
+    for split, share in (("validation", rows["validation"] / sum(rows.values())), ("test", 1.0)):
+        seconds = share * run.budget.left(SCORING_ENDS)
+        names = run.recipe.report.metrics
+        metrics[split], scored = score(run.trainer, run.prepared, split, names, seconds, run.budget.clock)
+        rows_scored[split] = [scored, rows[split]]
+    return metrics, rows_scored
+
+
 def result_of(run: Run) -> dict:
     """Score the trained model and gather the facts about the run."""
     trainer = run.trainer
     seconds = {clock: {"training": round(run.budget.seconds_by(clock), 1)} for clock in CLOCKS}
-    scores, rows_scored = scores_of(run)
-    scores["test"].update(run.prepared.compare("test"))
+    metrics, rows_scored = scores_of(run)
+    metrics["test"].update(run.prepared.compare("test"))
     return {
         "recipe": run.recipe.name,
         "overrides": list(run.recipe.overrides),
-        "metrics": scores,
+        "metrics": metrics,
         "rows_scored": rows_scored,
         "parameters": trainer.accelerator.unwrap_model(trainer.model).num_parameters(),
         # Each process counts the rows it reads, and those that share rows count them once each.

@@ -62,9 +62,9 @@ def test_all_of_it_takes_at_most_one_and_a_half_times_the_seconds_of_training(
     clock.costs(monkeypatch, RecipeTrainer, "prediction_step", 0.25 * slower)
     clock.costs(monkeypatch, demo.train, "save_final", 0.25 * slower)
     clock.costs(monkeypatch, generate, "generate", lambda options: options.max_seconds)
-    kept = tmp_path / "results" / "tiny" / "lstm" / "seed-1.json"
-    kept.parent.mkdir(parents=True)
-    kept.write_text(json.dumps(LSTM), encoding="utf-8")
+    (tmp_path / "results").mkdir()
+    kept = {"name": "tiny/lstm/seed-1", **LSTM}
+    (tmp_path / "results" / "tiny.jsonl").write_text(json.dumps(kept) + "\n", encoding="utf-8")
     settings = ["training.max_steps=100000", "training.eval_steps=100000", "training.save_steps=100000"]
     settings += ["training.per_device_eval_batch_size=4", "task.max_eval_rows=4"]
     begun, spent = clock.now, 1.0 * slower  # on imports

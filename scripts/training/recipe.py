@@ -77,6 +77,9 @@ class Budget:
     Args:
         max_seconds: stop after this time, evaluations included; the learning rate follows the clock down. The seconds
             of an interrupted run count when it is resumed.
+        total_seconds: end the whole run, start-up and scoring included, within this time. Training ends after 5/6 of it
+            at the latest, and of each split as many rows, evenly spread, are scored as there is time for; the result
+            says how many. It is counted anew when a run is resumed.
         clock: `wall` time, or `processor`: CPU time of this process over all threads, independent of other load.
         total_seconds: end the whole run, start-up and scoring included, within this time. Training ends after 5/6 of it
             at the latest; of each split as many rows as there is time for are scored, evenly spread, and the result
