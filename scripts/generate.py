@@ -52,8 +52,6 @@ def generate(options: argparse.Namespace) -> dict:
     sampling = {"do_sample": options.temperature > 0, "no_repeat_ngram_size": options.no_repeat}
     if options.temperature > 0:
         sampling |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
-    if options.no_repeat:
-        sampling["no_repeat_ngram_size"] = options.no_repeat
     never = [index for index in (tokenizer.unk_token_id, tokenizer.pad_token_id) if index is not None]
     set_seed(options.seed)
     started = time.monotonic()

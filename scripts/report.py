@@ -26,10 +26,10 @@ from modeling_rtransformer import CONFIGS
 from scripts import train
 from scripts.results.parameter_matching import count_parameters, match, read_baselines
 from scripts.results.plots import plot_curves, plot_gates
-from scripts.results.tables import RESULTS, Run, Table, markdown, read_results, read_tables, slug
+from scripts.results.tables import Run, Table, markdown, read_tables, slug
 from scripts.sharing.card import gate_rows, head_of
 from scripts.training.checkpoints import load_model
-from scripts.training.recipe import read_recipe
+from scripts.training.recipe import parse_file, read_recipe
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", metavar="NAME", default=[], help="runs whose name begins so: table/row/..."
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, help="where results are kept")
+    parser.add_argument("--results", type=Path, default=ROOT / "docs" / "results", help="where results are kept")
     parser.add_argument("--runs", type=Path, default=Path("runs") / "report", help="where trainings go")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "RESULTS.md", help="the file to write")
     return parser.parse_args(arguments)
@@ -84,6 +84,12 @@ def make(run: Run, folder: Path, results: Path) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text((path.read_text(encoding="utf-8") if path.is_file() else "") + line, encoding="utf-8")
     partial.replace(path)
+
+
+def read_results(folder: Path) -> dict[str, dict[str, Any]]:
+    """By [`Run.name`], what is kept of each run: `result`, `curve` and `gates`."""
+    files = [parse_file(path, lambda text: [*map(json.loads, text.splitlines())]) for path in folder.glob("*.jsonl")]
+    return {kept.pop("name"): kept for lines in files for kept in lines}
 
 
 def kept_of(final: Path) -> dict[str, Any]:

@@ -229,22 +229,6 @@ def result_of(run: Run) -> dict:
     }
 
 
-def scores_of(run: Run) -> tuple[dict[str, dict[str, float]], dict[str, list[int]]]:
-    """
-    The metrics of validation and test, and of each split how many of its rows were scored and how many it has. Where
-    `budget.total_seconds` leaves no time for all rows, both splits get a share of the time by their number of rows.
-    """
-    rows = {split: len(run.prepared.datasets[split]) for split in ("validation", "test")}
-    metrics, scored = {}, {}
-    for split, share in (("validation", rows["validation"] / sum(rows.values())), ("test", 1.0)):
-        seconds = share * run.budget.left(SCORING_ENDS)
-        metrics[split], count = score(
-            run.trainer, run.prepared, split, run.recipe.report.metrics, seconds, run.budget.clock
-        )
-        scored[split] = [count, rows[split]]
-    return metrics, scored
-
-
 def save_final(run: Run, model: PreTrainedModel, result: dict, folder: Path) -> None:
     """Write the final model and its files to a folder beside `folder`, then rename that to `folder`."""
     partial = folder.with_name(f".{folder.name}.partial")

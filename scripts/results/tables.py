@@ -5,7 +5,6 @@ A table has rows (models), columns (settings of the task) and seeds; each row, c
 """
 
 import dataclasses
-import json
 import re
 import shlex
 import statistics
@@ -14,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from scripts.training.recipe import CONFIGURATION, parse_file, read, refuse_unknown, tomllib
-
-
-RESULTS = CONFIGURATION.parent / "docs" / "results"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,12 +142,6 @@ def _table(name: str, entry: dict[str, Any], path: Path) -> Table:
         for row, settings in entry.pop("rows", {}).items()
     }
     return read(Table, {"name": name, "rows": rows, **entry}, after=f" in [{name}] of {path.name}")
-
-
-def read_results(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
-    """By [`Run.name`], what is kept of each run: `result`, `curve` and `gates`."""
-    files = [parse_file(path, lambda text: [*map(json.loads, text.splitlines())]) for path in folder.glob("*.jsonl")]
-    return {kept.pop("name"): kept for lines in files for kept in lines}
 
 
 def cell(table: Table, results: Sequence[Mapping[str, Any]]) -> str:

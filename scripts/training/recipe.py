@@ -81,9 +81,6 @@ class Budget:
             at the latest, and of each split as many rows, evenly spread, are scored as there is time for; the result
             says how many. It is counted anew when a run is resumed.
         clock: `wall` time, or `processor`: CPU time of this process over all threads, independent of other load.
-        total_seconds: end the whole run, start-up and scoring included, within this time. Training ends after 5/6 of it
-            at the latest; of each split as many rows as there is time for are scored, evenly spread, and the result
-            has their number.
         early_stopping_patience: stop after this many evaluations without a better score.
     """
 
