@@ -189,7 +189,7 @@ def finish(run: Run, began: float) -> dict | None:
 
 def scores_of(run: Run) -> tuple[dict[str, dict[str, float]], dict[str, list[int]]]:
     """
-    The metrics of the validation and the test split, and the rows of each: how many were scored, and how many there are.
+    The metrics of the validation and the test split, and of each how many rows were scored and how many there are.
 
     `budget.total_seconds` may leave no time for all rows. Both splits then get time in proportion to their rows.
     """
