@@ -23,23 +23,23 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def causal_lm(variant, **fields):
+def make(variant, model_class=RTransformerForCausalLM, **fields):
     """A compiler writes each step of a window out, so that long windows get just longer than a short row here."""
     fields = {"local_window": min(VARIANTS[variant].get("local_window", 5), 12), **fields}
-    return RTransformerForCausalLM(tiny_config(variant, **fields))
+    return model_class(tiny_config(variant, **fields))
 
 
-def one_block(variant, **fields):
+def one_block(variant, model_class=RTransformerForCausalLM, **fields):
     """What a compiler makes of a block it makes of the next one, so that one will do; two where they differ."""
-    if "rem_layers" in VARIANTS[variant]:
-        return causal_lm(variant, **fields)
-    return causal_lm(variant, num_hidden_layers=1, **fields)
+    if "rem_layers" not in VARIANTS[variant]:
+        fields["num_hidden_layers"] = 1
+    return make(variant, model_class, **fields)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", COMPILED)
 def test_a_compiled_training_step_has_no_graph_breaks_and_the_same_gradients(variant):
-    model = causal_lm(variant).train()
+    model = make(variant).train()
     compiled = torch.compile(model, fullgraph=True)
     ids = torch.randint(3, 37, (2, 70))
     gradients = []
@@ -54,7 +54,7 @@ def test_a_compiled_training_step_has_no_graph_breaks_and_the_same_gradients(var
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", COMPILED)
 def test_compiled_decoding_with_a_static_cache_equals_eager(variant):
-    model = causal_lm(variant).eval()
+    model = make(variant).eval()
     ids = torch.randint(3, 37, (2, 6))
     options = {"do_sample": False, "max_new_tokens": 8}
     expected = model.generate(ids, **options).tolist()
@@ -117,7 +117,7 @@ def test_it_exports_with_any_length_within_named_limits(variant):
 
 
 def test_a_classifier_exports_with_its_padding(variant):
-    model = RTransformerForSequenceClassification(tiny_config(variant, num_labels=3)).eval()
+    model = one_block(variant, RTransformerForSequenceClassification, num_labels=3).eval()
     ids, mask = torch.randint(3, 37, (2, 11)), torch.ones(2, 11, dtype=torch.long)
     mask[0, 8:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
@@ -126,14 +126,16 @@ def test_a_classifier_exports_with_its_padding(variant):
 
 
 @needs_exporters
-@pytest.mark.parametrize("model_class", [RTransformerForCausalLM, RTransformerForSequenceClassification])
-@pytest.mark.parametrize("variant", ["gru-and-rsa", "two-lstm"])
+@pytest.mark.parametrize(
+    ("variant", "model_class"),
+    [("gru-and-rsa", RTransformerForCausalLM), ("two-lstm", RTransformerForSequenceClassification)],
+)
 def test_onnxruntime_gives_what_we_give(variant, model_class, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     from transformers.exporters import OnnxConfig, OnnxExporter
 
-    model = model_class(tiny_config(variant, num_labels=3)).eval()
+    model = one_block(variant, model_class, num_labels=3).eval()
     ids, mask = torch.randint(3, 37, (2, 11)), torch.ones(2, 11, dtype=torch.long)
     mask[0, 8:] = 0
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -184,7 +186,7 @@ def test_the_exported_graphs_of_a_prompt_and_a_step_generate_what_we_generate(va
 
         exporter, config = DynamoExporter(), DynamoConfig(dynamic=True)
 
-    model = causal_lm(variant).eval()
+    model = make(variant).eval()  # two blocks, each of which has its part of the cache
     mask = torch.ones(2, 7, dtype=torch.long)
     mask[0, :2] = 0
     exported = exporter.export_for_generation(
