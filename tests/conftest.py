@@ -1,5 +1,6 @@
 """What the tests share: no network, a GPU mark, and small models of every kind."""
 
+import gc
 import os
 import time
 
@@ -87,6 +88,20 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_collection_finish():
+    """
+    What has been imported stays, so that no garbage collection goes through it: each run of `Trainer` and each
+    compilation asks for one, which would take longer than most tests.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    """The libraries look for what is left over when the process ends."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -36,16 +36,16 @@ else:
         raise SystemExit("the package is there")
 trust = {} if options["package"] else {"trust_remote_code": True}
 found = {}
-for place in options["places"]:
-    for auto_class in options["auto_classes"]:
-        auto_class = getattr(transformers, auto_class)
-        model = auto_class.from_pretrained(place, **trust, **options["arguments"]).eval()
-        ids, values = torch.arange(3, 14)[None], torch.arange(33.0).view(1, 11, 3).sin()
-        output = model(**{model.main_input_name: ids if model.main_input_name == "input_ids" else values})[0]
-        module = type(model).__module__
-        made = auto_class.from_config(model.config, **trust)
-        assert type(made) is type(model)
-        found[f"{place} {auto_class.__name__}"] = {"module": module, "output": output.flatten()[:30].tolist()}
+for place, auto_class, arguments in options["loads"]:
+    auto_class = getattr(transformers, auto_class)
+    model = auto_class.from_pretrained(place, **trust, **arguments).eval()
+    ids, values = torch.arange(3, 14)[None], torch.arange(33.0).view(1, 11, 3).sin()
+    output = model(**{model.main_input_name: ids if model.main_input_name == "input_ids" else values})[0]
+    module = type(model).__module__
+    made = auto_class.from_config(model.config, **trust)
+    assert type(made) is type(model)
+    key = " ".join([place, auto_class.__name__, *arguments.values()])
+    found[key] = {"module": module, "output": output.flatten()[:30].tolist()}
 print(json.dumps(found))
 """
 
@@ -79,8 +79,13 @@ def elsewhere(python, program, *arguments, cwd, **environment):
     return done.stdout
 
 
-def load(python, places, auto_classes, cwd, package=False, arguments=None, **environment):
-    options = {"places": places, "auto_classes": auto_classes, "package": package, "arguments": arguments or {}}
+def load(python, places, auto_classes, cwd, package=False, each=({},), **environment):
+    """
+    Module and output of each model, all loaded in one fresh process. `each` are arguments of `from_pretrained` to load
+    each of them with, whose values are in the key, after the place and the Auto class.
+    """
+    loads = [(place, auto_class, more) for place in places for auto_class in auto_classes for more in each]
+    options = {"loads": loads, "package": package}
     if package:
         environment["PYTHONPATH"] = str(Path(modeling_rtransformer.__file__).parent.parent)
     return json.loads(elsewhere(python, LOAD, json.dumps(options), cwd=cwd, **environment).splitlines()[-1])
@@ -127,23 +132,29 @@ def test_a_pinned_revision_has_its_own_weights_and_code(hub, bare_python, tmp_pa
         model.save_pretrained(tmp_path / str(seed))
         commits.append(push_to_hub.push(tmp_path / str(seed), "someone/model")["commit"])
         outputs.append(model(torch.arange(3, 14)[None])[0].flatten()[:30].detach())
-    for commit, output in zip([*commits, "main"], [*outputs, outputs[1]]):
-        arguments = {"revision": commit} if commit == "main" else {"revision": commit, "code_revision": commit}
-        found = load(bare_python, ["someone/model"], ["AutoModel"], tmp_path, arguments=arguments, HF_ENDPOINT=hub.url)
-        torch.testing.assert_close(
-            torch.tensor(found["someone/model AutoModel"]["output"]), output, rtol=1e-5, atol=1e-6
-        )
+    each = [{"revision": commit, "code_revision": commit} for commit in commits] + [{"revision": "main"}]
+    found = load(bare_python, ["someone/model"], ["AutoModel"], tmp_path, each=each, HF_ENDPOINT=hub.url)
+    for arguments, output in zip(each, [*outputs, outputs[1]]):
+        key = " ".join(["someone/model", "AutoModel", *arguments.values()])
+        torch.testing.assert_close(torch.tensor(found[key]["output"]), output, rtol=1e-5, atol=1e-6)
 
 
-def test_sharded_weights_load(hub, bare_python, tmp_path):
+def test_sharded_weights_and_a_model_that_was_pushed_by_itself_load(hub, bare_python, tmp_path):
+    """`model.push_to_hub` carries the code too."""
     model = model_classes()["AutoModelForCausalLM"](tiny_config()).eval()
     model.save_pretrained(tmp_path / "model", max_shard_size="20KB")
-    push_to_hub.push(tmp_path / "model", "someone/model")
-    found = load(bare_python, ["someone/model"], ["AutoModelForCausalLM"], tmp_path, HF_ENDPOINT=hub.url)
-    output = model(torch.arange(3, 14)[None])[0].flatten()[:30]
-    torch.testing.assert_close(
-        torch.tensor(found["someone/model AutoModelForCausalLM"]["output"]), output, rtol=1e-5, atol=1e-6
-    )
+    push_to_hub.push(tmp_path / "model", "someone/sharded")
+    model.push_to_hub("someone/direct")
+    places, auto_classes = ["someone/sharded", "someone/direct"], ["AutoModelForCausalLM", "AutoModel"]
+    found = load(bare_python, places, auto_classes, tmp_path, HF_ENDPOINT=hub.url)
+    assert len(found) == 4
+    ids = torch.arange(3, 14)[None]
+    for place in places:
+        for auto_class, ours in (("AutoModelForCausalLM", model), ("AutoModel", model.model)):
+            output = ours(ids)[0].flatten()[:30]
+            theirs = torch.tensor(found[f"{place} {auto_class}"]["output"])
+            torch.testing.assert_close(theirs, output, rtol=1e-5, atol=1e-6)
+    assert HfApi(endpoint=hub.url).model_info("someone/direct").config["model_type"] == "rtransformer"
 
 
 def a_tokenizer(mask=False) -> PreTrainedTokenizerFast:
@@ -211,14 +222,6 @@ def test_a_pushed_metric_is_found_by_evaluate(hub, bare_python, tmp_path):
     printed = elsewhere(bare_python, program, json.dumps(scores), cwd=tmp_path, HF_ENDPOINT=hub.url).splitlines()
     assert json.loads(printed[-2])["perplexity"] == pytest.approx(2.0 ** (0.5 / 0.6931471805599453))
     assert json.loads(printed[-1]) == {"string_accuracy": 0.5}
-
-
-def test_push_to_hub_of_the_model_itself_carries_the_code_too(hub, bare_python, tmp_path):
-    model = model_classes()["AutoModelForCausalLM"](tiny_config()).eval()
-    model.push_to_hub("someone/direct")
-    found = load(bare_python, ["someone/direct"], ["AutoModelForCausalLM", "AutoModel"], tmp_path, HF_ENDPOINT=hub.url)
-    assert len(found) == 2
-    assert HfApi(endpoint=hub.url).model_info("someone/direct").config["model_type"] == "rtransformer"
 
 
 @pytest.mark.slow

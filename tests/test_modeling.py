@@ -178,18 +178,6 @@ def test_a_static_cache_gives_the_same(variant):
     torch.testing.assert_close(torch.cat(logits, dim=1), model(ids).logits, **CLOSE)
 
 
-@pytest.mark.parametrize("cache", [None, "static"])
-def test_greedy_generation_with_left_padding_equals_each_prompt_alone(variant, cache):
-    model = causal_lm(variant)
-    rows = [random_ids(4), random_ids(11)]
-    ids, mask = padded_batch(rows, "left")
-    options = {"max_new_tokens": 9, "do_sample": False, "disable_compile": True}
-    together = model.generate(ids, attention_mask=mask, cache_implementation=cache, **options)
-    for index, row in enumerate(rows):
-        alone = model.generate(row[None], attention_mask=torch.ones(1, len(row)), use_cache=False, **options)
-        assert together[index, 11:].tolist() == alone[0, len(row) :].tolist()
-
-
 @pytest.mark.parametrize("options", [{"num_beams": 3}, {"prompt_lookup_num_tokens": 3}], ids=["beam", "prompt-lookup"])
 def test_search_and_lookup_do_not_depend_on_the_cache(variant, options):
     model = causal_lm(variant)

@@ -23,54 +23,62 @@ PROGRAM = """
 import json, sys
 import torch, transformers
 found = {}
-for auto_class in sys.argv[2:]:
-    model = getattr(transformers, auto_class).from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-    ids, values = torch.arange(3, 14)[None], torch.arange(33.0).view(1, 11, 3).sin()
-    output = model(**{model.main_input_name: ids if model.main_input_name == "input_ids" else values})[0]
-    found[auto_class] = {"module": type(model).__module__, "output": output.flatten()[:40].tolist()}
+for folder, auto_classes in json.loads(sys.argv[1]).items():
+    found[folder] = {}
+    for auto_class in auto_classes:
+        model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True).eval()
+        ids, values = torch.arange(3, 14)[None], torch.arange(33.0).view(1, 11, 3).sin()
+        output = model(**{model.main_input_name: ids if model.main_input_name == "input_ids" else values})[0]
+        found[folder][auto_class] = {"module": type(model).__module__, "output": output.flatten()[:40].tolist()}
 assert "modeling_rtransformer" not in sys.modules, "the installed package was used"
 print(json.dumps(found))
 """
-
-
-def load_elsewhere(folder, auto_classes, cwd):
-    """Module and outputs of the model in `folder` by Auto class, loaded in a fresh process outside the checkout."""
-    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    env["HF_MODULES_CACHE"] = str(cwd / "modules")
-    command = [sys.executable, "-c", PROGRAM, str(folder), *auto_classes]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def test_it_loads_without_the_package_and_gives_the_same(tmp_path):
-    model = RTransformerForCausalLM(tiny_config()).eval()
-    model.save_pretrained(tmp_path / "model")
-    elsewhere = load_elsewhere(tmp_path / "model", ["AutoModelForCausalLM", "AutoModel"], tmp_path)
-    for auto_class, ours in (("AutoModelForCausalLM", model), ("AutoModel", model.model)):
-        assert elsewhere[auto_class]["module"].startswith("transformers_modules.")
-        output = ours(torch.arange(3, 14)[None])[0].flatten()[:40]
-        torch.testing.assert_close(torch.tensor(elsewhere[auto_class]["output"]), output, rtol=1e-5, atol=1e-6)
-
-
 HEADS = [RTransformerModel, RTransformerForCausalLM, RTransformerForSequenceClassification]
 FORECASTERS = [RTransformerForecasterModel, RTransformerForTimeSeriesPrediction]
+CHECKPOINTS = [
+    *[(head, {}) for head in HEADS],
+    *[(head, {"num_input_features": 3}) for head in HEADS],
+    *[(head, {"num_input_features": 3, "prediction_length": 2}) for head in FORECASTERS],
+]
 
 
-@pytest.mark.parametrize(
-    ("saved", "fields"),
-    [
-        *[(head, {}) for head in HEADS],
-        *[(head, {"num_input_features": 3}) for head in HEADS],
-        *[(head, {"num_input_features": 3, "prediction_length": 2}) for head in FORECASTERS],
-    ],
-)
-def test_every_auto_class_of_the_map_loads_from_a_checkpoint_of_any_head(saved, fields, tmp_path):
-    config = tiny_config(is_causal=False, **fields)
-    saved(config).save_pretrained(tmp_path / "model")
-    auto_classes = sorted(config.auto_map.keys() - {"AutoConfig"})
-    found = load_elsewhere(tmp_path / "model", auto_classes, tmp_path)
-    assert len(found) == (2 if "prediction_length" in fields else 7)
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """
+    What a fresh process outside the checkout makes of a causal model and of each of `CHECKPOINTS`: module and outputs by
+    Auto class. One process loads them all, since starting takes longest.
+    """
+    folder = tmp_path_factory.mktemp("models")
+    torch.manual_seed(0)
+    RTransformerForCausalLM(tiny_config()).save_pretrained(folder / "causal")
+    wanted = {str(folder / "causal"): ["AutoModelForCausalLM", "AutoModel"]}
+    for number, (saved, fields) in enumerate(CHECKPOINTS):
+        config = tiny_config(is_causal=False, **fields)
+        saved(config).save_pretrained(folder / str(number))
+        wanted[str(folder / str(number))] = sorted(config.auto_map.keys() - {"AutoConfig"})
+    cwd = tmp_path_factory.mktemp("elsewhere")
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    env["HF_MODULES_CACHE"] = str(cwd / "modules")
+    command = [sys.executable, "-c", PROGRAM, json.dumps(wanted)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return {os.path.basename(place): found for place, found in json.loads(done.stdout.splitlines()[-1]).items()}
+
+
+def test_it_loads_without_the_package_and_gives_the_same(elsewhere):
+    torch.manual_seed(0)
+    model = RTransformerForCausalLM(tiny_config()).eval()  # the one that was saved
+    for auto_class, ours in (("AutoModelForCausalLM", model), ("AutoModel", model.model)):
+        found = elsewhere["causal"][auto_class]
+        assert found["module"].startswith("transformers_modules.")
+        output = ours(torch.arange(3, 14)[None])[0].flatten()[:40]
+        torch.testing.assert_close(torch.tensor(found["output"]), output, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("number", range(len(CHECKPOINTS)), ids=lambda number: CHECKPOINTS[number][0].__name__)
+def test_every_auto_class_of_the_map_loads_from_a_checkpoint_of_any_head(number, elsewhere):
+    found = elsewhere[str(number)]
+    assert len(found) == (2 if "prediction_length" in CHECKPOINTS[number][1] else 7)
     assert all(place["module"].startswith("transformers_modules.") for place in found.values())
 
 
