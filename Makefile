@@ -6,7 +6,7 @@ PYTHON ?= python3
 DEMO_SECONDS ?= 240
 # More arguments for pytest, such as PYTEST_ARGS="-m slow" or PYTEST_ARGS=tests/test_local_rnn.py
 PYTEST_ARGS ?=
-# Processes that run the tests side by side, each with one thread and whole files.
+# Processes that run the tests side by side, each with one thread; one that has none left takes some of another's.
 WORKERS ?= 2
 
 VENV := .venv
@@ -45,7 +45,7 @@ reproduce-cpu reproduce-gpu: reproduce-%: install
 	  $(if $(ONLY),--only $(ONLY))
 
 test: install-test  ## run the tests; slow ones with PYTEST_ARGS="-m slow"
-	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 lint: install-test  ## check style and formatting
 	$(TEST_VENV)/bin/ruff check .

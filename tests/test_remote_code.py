@@ -45,8 +45,8 @@ CHECKPOINTS = [
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
     """
-    What a fresh process outside the checkout makes of a causal model and of each of `CHECKPOINTS`: module and outputs by
-    Auto class. One process loads them all, since starting takes longest.
+    A causal model and each of `CHECKPOINTS`, loaded in a fresh process outside the checkout: module and outputs by Auto
+    class. One process loads them all, since starting takes longest.
     """
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
