@@ -14,6 +14,7 @@ The readable twin is `local_rnn_plain` in local_rnn_steps.py.
 import torch
 from torch.autograd.function import once_differentiable
 
+from .local_rnn_triton_cells import Inputs
 from .local_rnn_triton_large import backward_large, forward_large
 from .local_rnn_triton_small import INTERPRETED, backward_small, forward_small
 
@@ -41,13 +42,11 @@ class TritonLocalRnn(torch.autograd.Function):
     @staticmethod
     def forward(ctx, projected, weight, bias, zero_input, segment_ids, rnn_type, window, keep):
         check_inputs(projected)
-        tensors = [
-            None if tensor is None else tensor.contiguous()
-            for tensor in (projected, weight, bias, zero_input, segment_ids)
-        ]
+        tensors = projected, weight, bias, zero_input, segment_ids
+        tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
         run = forward_small if weight.shape[1] <= SMALL_SIZE else forward_large
         with torch.cuda.device_of(projected):
-            outputs, kept = run(*tensors, window, keep)
+            outputs, kept = run(Inputs(*tensors, window), keep)
         ctx.window = window
         ctx.save_for_backward(*tensors, *kept)
         return outputs
@@ -55,20 +54,20 @@ class TritonLocalRnn(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_outputs):
-        projected, weight, bias, zero_input, segment_ids, *kept = ctx.saved_tensors
-        tensors = projected, weight, bias, zero_input, segment_ids
-        run = backward_small if weight.shape[1] <= SMALL_SIZE else backward_large
-        with torch.cuda.device_of(projected):
-            grad_projected, grad_weight, grad_new_bias, grad_zero_input = run(
-                grad_outputs.contiguous(), *tensors, ctx.window, *kept
-            )
+        inputs, kept = Inputs(*ctx.saved_tensors[:5], ctx.window), ctx.saved_tensors[5:]
+        run = backward_small if inputs.weight.shape[1] <= SMALL_SIZE else backward_large
+        with torch.cuda.device_of(inputs.projected):
+            grad_projected, grad_weight, *sums = run(inputs, grad_outputs.contiguous(), *kept)
+        grad_new_bias, grad_zero_input = (each.sum(dim=0) for each in sums)
         # Every step adds the same to the gradient of b_h as to those of its inputs, but for a GRU's new gate. In
         # float64, since the sum is often far smaller than what is summed.
         grad_bias = grad_projected.sum(dim=(0, 1), dtype=torch.float64)
-        if grad_zero_input is not None:
+        if inputs.segment_ids is None:
+            grad_zero_input = None
+        else:
             grad_bias += grad_zero_input
-            grad_zero_input = grad_zero_input.to(zero_input.dtype).view_as(zero_input)
-        if grad_new_bias is not None:
+            grad_zero_input = grad_zero_input.to(inputs.zero_input.dtype).view_as(inputs.zero_input)
+        if len(grad_new_bias):
             grad_bias[-len(grad_new_bias) :] = grad_new_bias
-        grads = grad_projected.to(projected.dtype), grad_weight.to(weight.dtype), grad_bias.to(bias.dtype)
-        return *grads, grad_zero_input, None, None, None, None
+        grads = grad_projected.to(inputs.projected.dtype), grad_weight.to(inputs.weight.dtype)
+        return *grads, grad_bias.to(inputs.bias.dtype), grad_zero_input, None, None, None, None

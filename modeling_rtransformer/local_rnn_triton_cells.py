@@ -1,14 +1,20 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
 """
-What the Triton kernels of a LocalRNN share: the elementwise half of a step and of its backward pass, in float32, and
-how tiles of gates are read and written. The readable twins are `gru_step` and `lstm_step` in local_rnn_steps.py.
+What the Triton kernels of a LocalRNN share: their inputs, the elementwise half of a step and of its backward pass, in
+float32, and how tiles of gates are read and written. The readable twins are `gru_step` and `lstm_step` in
+local_rnn_steps.py.
 
 Importing this needs Triton; local_rnn_steps.py imports it, by way of local_rnn_triton.py, where kernels are wanted.
 """
 
-# R rows of a tile, C columns of it (some of the D hidden units), D hidden size, K window, G gates, whose number is the
-# type: 3 GRU (reset, update, new), 4 LSTM (input, forget, cell, output), 1 tanh RNN.
+# B batch, L length, R rows of a tile, C columns of it (some of the D hidden units), D hidden size, K window,
+# G gates, whose number is the type: 3 GRU (reset, update, new), 4 LSTM (input, forget, cell, output), 1 tanh RNN.
 # "Gates" are a tuple of G tiles (R, C).
+
+from typing import NamedTuple
+
+import torch
+
 
 # The one import of Triton. In a `try`, because the Hub's loader of code takes any other import for a requirement.
 try:
@@ -16,6 +22,44 @@ try:
     import triton.language as tl
 except ImportError as error:
     raise ImportError("the LocalRNN 'triton' needs Triton: `pip install triton`") from error
+
+
+class Inputs(NamedTuple):
+    """Tensors of `local_rnn`, contiguous, and the window."""
+
+    projected: torch.Tensor  # (B, K - 1 + L, G D)
+    weight: torch.Tensor  # (G D, D)
+    bias: torch.Tensor  # (G D)
+    zero_input: torch.Tensor | None  # (G D)
+    segment_ids: torch.Tensor | None  # (B, L)
+    window: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """B L, L, D and K."""
+        length = self.projected.shape[1] - self.window + 1
+        return len(self.projected) * length, length, self.weight.shape[1], self.window
+
+    @property
+    def gates(self) -> int:
+        return len(self.weight) // self.weight.shape[1]
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"GATES": self.gates, "PACKED": self.segment_ids is not None}
+
+    @property
+    def packing(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The zero input and the segments; where there are no segments any tensors, which are not read."""
+        return (self.bias, self.bias) if self.segment_ids is None else (self.zero_input, self.segment_ids)
+
+    def new_sums(self, programs: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Float64 zeros for each program, for the gradients of the new gate's bias where that is not the sum of the
+        inputs' (GRU), `(programs, D)`, and of the zero input where there are segments, `(programs, G D)`.
+        """
+        sizes = (self.weight.shape[1] if self.gates == 3 else 0), (0 if self.segment_ids is None else len(self.bias))
+        return tuple(self.bias.new_zeros((programs, size), dtype=torch.float64) for size in sizes)
 
 
 @triton.jit

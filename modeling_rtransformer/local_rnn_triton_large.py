@@ -16,6 +16,7 @@ sum has one order: results are the same from run to run.
 import torch
 
 from .local_rnn_triton_cells import (
+    Inputs,
     add_rows_to,
     add_zero_gradients,
     gate_offsets,
@@ -51,10 +52,10 @@ def rows_and_columns(rows, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def forward_kernel(
     projected,  # (B, K - 1 + L, G D)
-    product,  # (R, G D), W_h h of the step before; unread in the first step
     bias,  # (G D), b_h
     zero_input,  # (G D)
     segment_ids,  # (R)
+    product,  # (R, G D), W_h h of the step before; unread in the first step
     before,  # (R, D), h of the step before
     after,  # (R, D), h of this step
     cell,  # (R, D) float32, of an LSTM, replaced by that of this step
@@ -110,8 +111,8 @@ def states_kernel(
     hidden,  # (K - 1, R, D), written
     cells,  # (K - 1, R, D), written, of an LSTM
     first_row,
-    rows,
     all_rows,
+    rows,
     length,
     size,
     window,
@@ -218,21 +219,13 @@ def grid_of(rows: int, size: int) -> tuple[int, int]:
     return triton.cdiv(rows, tile["ROWS"]), triton.cdiv(size, tile["COLUMNS"])
 
 
-def forward_large(
-    projected: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    zero_input: torch.Tensor | None,
-    segment_ids: torch.Tensor | None,
-    window: int,
-    keep: bool,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+def forward_large(inputs: Inputs, keep: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """`local_rnn` and what `backward_large` needs of it: the gates `(K, R, G D)`, or nothing without `keep`."""
-    batch, length, width = projected.shape[0], projected.shape[1] - window + 1, projected.shape[2]
-    rows, size = batch * length, weight.shape[1]
-    gates = width // size
-    kept = projected.new_empty(window if keep else 0, rows, width)
-    product = projected.new_empty(rows, width)
+    projected, weight, bias, gates = inputs.projected, inputs.weight, inputs.bias, inputs.gates
+    rows, length, size, window = sizes = inputs.sizes
+    constants = inputs.constants | tile_of(size)
+    kept = projected.new_empty(window if keep else 0, rows, len(bias))
+    product = projected.new_empty(rows, len(bias))
     outputs = projected.new_empty(rows, size)
     buffers = outputs, projected.new_empty(rows, size)
     cell = projected.new_empty((rows, size) if gates == 4 else 0, dtype=torch.float32)
@@ -243,118 +236,49 @@ def forward_large(
             after = kept[step]
         if step:
             torch.mm(before, weight.T, out=product)
-        forward_kernel[grid_of(rows, size)](
-            projected,
-            product,
-            bias,
-            bias if zero_input is None else zero_input,
-            bias if segment_ids is None else segment_ids,
-            before,
-            after,
-            cell,
-            kept[step] if keep else kept,
-            rows,
-            length,
-            size,
-            window,
-            step,
-            GATES=gates,
-            FIRST=step == 0,
-            PACKED=segment_ids is not None,
-            KEEP=keep,
-            **tile_of(size),
-        )
+        tensors = projected, bias, *inputs.packing, product, before, after, cell, kept[step] if keep else kept
+        forward_kernel[grid_of(rows, size)](*tensors, *sizes, step, **constants, FIRST=step == 0, KEEP=keep)
         before = after
     if gates == 1 and keep:
         outputs = before.clone()  # `kept` must not change with them
-    return outputs.view(batch, length, size), (kept,)
+    return outputs.view(-1, length, size), (kept,)
 
 
-def backward_large(
-    grad_outputs: torch.Tensor,
-    projected: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    zero_input: torch.Tensor | None,
-    segment_ids: torch.Tensor | None,
-    window: int,
-    kept: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """
-    Gradients of `projected`, of `weight`, of the new gate's bias where that is not the sum of the inputs' (GRU), and of
-    `zero_input` where there are segments; the first two in float32, the others in float64.
-    """
-    batch, length, size = grad_outputs.shape
-    rows, width = batch * length, projected.shape[2]
-    gates = width // size
+def backward_large(inputs: Inputs, grad_outputs: torch.Tensor, kept: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Gradients of `projected` and of `weight`, in float32, and the sums of `Inputs.new_sums`."""
+    projected, weight, gates = inputs.projected, inputs.weight, inputs.gates
+    rows, length, size, window = inputs.sizes
     count = max(min(rows, BACKWARD_ELEMENTS // size), 1)
-    programs = grid_of(count, size)[0]
-    packed = segment_ids is not None
-    float32 = {"dtype": torch.float32, "device": projected.device}
-    grad_projected = torch.zeros(projected.shape, **float32)
-    grad_weight = torch.zeros(weight.shape, **float32)
-    bias_sums = grad_weight.new_zeros((programs, size if gates == 3 else 0), dtype=torch.float64)
-    zero_sums = grad_weight.new_zeros((programs, width if packed else 0), dtype=torch.float64)
+    constants = inputs.constants | tile_of(size)
+    sums = inputs.new_sums(grid_of(count, size)[0])
+    grad_projected = torch.zeros_like(projected, dtype=torch.float32)
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32)
     num_states = {1: 0, 3: 1, 4: 2}[gates]
     all_states = projected.new_empty(num_states * (window - 1) * count * size)
-    all_grad_recurrent = projected.new_empty(count, width)
+    all_grad_recurrent = projected.new_empty(count, len(weight))
     all_grad_hidden = projected.new_empty(count, size)
-    carry = torch.empty((count, size) if gates > 1 else 0, **float32)
-    flat_grad_outputs = grad_outputs.reshape(rows, size)
-    zero_input = bias if zero_input is None else zero_input
-    segment_ids = bias if segment_ids is None else segment_ids
+    carry = projected.new_empty((count, size) if gates > 1 else 0, dtype=torch.float32)
+    grad_outputs = grad_outputs.reshape(rows, size)
     for first_row in range(0, rows, count):
         count = min(count, rows - first_row)
+        sizes = count, length, size, window
         states = all_states[: num_states * (window - 1) * count * size].view(num_states, window - 1, count, size)
         hidden = states[0] if num_states else kept[:, first_row : first_row + count]
         cells = states[-1] if num_states else states
         if num_states:
-            states_kernel[grid_of(count, size)](
-                projected,
-                zero_input,
-                segment_ids,
-                kept,
-                hidden,
-                cells,
-                first_row,
-                count,
-                rows,
-                length,
-                size,
-                window,
-                GATES=gates,
-                PACKED=packed,
-                **tile_of(size),
-            )
+            tensors = projected, *inputs.packing, kept, hidden, cells
+            states_kernel[grid_of(count, size)](*tensors, first_row, rows, *sizes, **constants)
         grad_recurrent, product = all_grad_recurrent[:count], all_grad_hidden[:count]
-        grad_hidden = flat_grad_outputs[first_row : first_row + count]
+        grad_hidden = grad_outputs[first_row : first_row + count]
         for step in reversed(range(window)):
+            before = cells[step - 1] if step and num_states else grad_recurrent
+            tensors = projected, *inputs.packing, kept[step, first_row : first_row + count], before
+            gradients = grad_hidden, carry, grad_recurrent, grad_projected, *sums
+            is_first, is_last = step == 0, step == window - 1
             backward_kernel[grid_of(count, size)](
-                projected,
-                zero_input,
-                segment_ids,
-                kept[step, first_row : first_row + count],
-                cells[step - 1] if step and num_states else grad_recurrent,
-                grad_hidden,
-                carry,
-                grad_recurrent,
-                grad_projected,
-                bias_sums,
-                zero_sums,
-                first_row,
-                count,
-                length,
-                size,
-                window,
-                step,
-                GATES=gates,
-                FIRST=step == 0,
-                LAST=step == window - 1,
-                PACKED=packed,
-                **tile_of(size),
+                *tensors, *gradients, first_row, *sizes, step, **constants, FIRST=is_first, LAST=is_last
             )
             if step:
                 grad_weight += grad_recurrent.T @ hidden[step - 1]
                 grad_hidden = torch.mm(grad_recurrent, weight, out=product)
-    grad_new_bias = bias_sums.sum(dim=0) if gates == 3 else None
-    return grad_projected, grad_weight, grad_new_bias, zero_sums.sum(dim=0) if packed else None
+    return grad_projected, grad_weight, *sums

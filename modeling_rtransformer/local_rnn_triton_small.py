@@ -17,6 +17,7 @@ are the same from run to run.
 import torch
 
 from .local_rnn_triton_cells import (
+    Inputs,
     add_rows_to,
     add_zero_gradients,
     gate_offsets,
@@ -150,10 +151,10 @@ def backward_kernel(
     bias_sums,  # (programs, D) float64, added to: the new gate's of a GRU, the other gates' are the inputs'
     zero_sums,  # (programs, G D) float64, added to
     rows,
-    batch,
     length,
     size,
     window,
+    batch,
     blocks,
     GATES: tl.constexpr,
     PACKED: tl.constexpr,
@@ -240,97 +241,41 @@ def num_programs(device: torch.device) -> int:
     return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def forward_small(
-    projected: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    zero_input: torch.Tensor | None,
-    segment_ids: torch.Tensor | None,
-    window: int,
-    keep: bool,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+def forward_small(inputs: Inputs, keep: bool) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
     """`local_rnn` and what `backward_small` needs: hidden states and cells `(K - 1, R, D)`, empty without `keep`."""
-    batch, length, size = projected.shape[0], projected.shape[1] - window + 1, weight.shape[1]
-    rows, gates = batch * length, len(weight) // size
-    outputs = projected.new_empty(batch, length, size)
+    projected, weight, bias = inputs.projected, inputs.weight, inputs.bias
+    rows, length, size, window = inputs.sizes
+    outputs = projected.new_empty(len(projected), length, size)
     hiddens = projected.new_empty(window - 1 if keep else 0, rows, size)
-    cells = projected.new_empty(window - 1 if keep and gates == 4 else 0, rows, size)
+    cells = projected.new_empty(window - 1 if keep and inputs.gates == 4 else 0, rows, size)
     options = options_of(weight)
     if projected.dtype != torch.float32 or options["PRECISION"] == "tf32":
         options["ROWS"] = TENSOR_CORE_ROWS
-    forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
-        projected,
-        weight,
-        bias,
-        bias if zero_input is None else zero_input,
-        bias if segment_ids is None else segment_ids,
-        outputs,
-        hiddens,
-        cells,
-        rows,
-        length,
-        size,
-        window,
-        GATES=gates,
-        PACKED=segment_ids is not None,
-        KEEP=keep,
-        **options,
-    )
+    tensors = projected, weight, bias, *inputs.packing, outputs, hiddens, cells
+    grid = (triton.cdiv(rows, options["ROWS"]),)
+    forward_kernel[grid](*tensors, *inputs.sizes, **inputs.constants, **options, KEEP=keep)
     return outputs, (hiddens, cells)
 
 
 def backward_small(
-    grad_outputs: torch.Tensor,
-    projected: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    zero_input: torch.Tensor | None,
-    segment_ids: torch.Tensor | None,
-    window: int,
-    hiddens: torch.Tensor,
-    cells: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """
-    Gradients of `projected`, of `weight`, of the new gate's bias where that is not the sum of the inputs' (GRU), and of
-    `zero_input` where there are segments; the first two in float32, the others in float64.
-    """
-    batch, length, size = grad_outputs.shape
-    gates, packed = len(weight) // size, segment_ids is not None
-    inputs = batch * projected.shape[1]
+    inputs: Inputs, grad_outputs: torch.Tensor, hiddens: torch.Tensor, cells: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of `projected` and of `weight`, in float32, and the sums of `Inputs.new_sums`."""
+    projected, weight, bias = inputs.projected, inputs.weight, inputs.bias
+    batch, positions, width = projected.shape
     options = options_of(weight)
-    blocks = triton.cdiv(inputs, options["ROWS"])
+    rows, beyond = options["ROWS"], inputs.window - 1
+    blocks = triton.cdiv(batch * positions, rows)
     programs = min(num_programs(projected.device), blocks)
     float32 = {"dtype": torch.float32, "device": projected.device}
-    grad_inputs = torch.empty(blocks, options["ROWS"] + window - 1, gates * size, **float32)
+    grad_inputs = torch.empty(blocks, rows + beyond, width, **float32)
     grad_weight = torch.empty(programs, *weight.shape, **float32)
-    bias_sums = grad_weight.new_zeros((programs, size if gates == 3 else 0), dtype=torch.float64)
-    zero_sums = grad_weight.new_zeros((programs, gates * size if packed else 0), dtype=torch.float64)
-    backward_kernel[(programs,)](
-        projected,
-        weight,
-        bias,
-        bias if zero_input is None else zero_input,
-        bias if segment_ids is None else segment_ids,
-        hiddens,
-        cells,
-        grad_outputs,
-        grad_inputs,
-        grad_weight,
-        bias_sums,
-        zero_sums,
-        batch * length,
-        batch,
-        length,
-        size,
-        window,
-        blocks,
-        GATES=gates,
-        PACKED=packed,
-        **options,
-    )
-    own, beyond = grad_inputs.split([options["ROWS"], window - 1], dim=1)
-    for distance, part in enumerate(beyond.split(options["ROWS"], dim=1), start=1):  # of the block so far behind
+    sums = inputs.new_sums(programs)
+    tensors = projected, weight, bias, *inputs.packing, hiddens, cells
+    gradients = grad_outputs, grad_inputs, grad_weight, *sums
+    backward_kernel[(programs,)](*tensors, *gradients, *inputs.sizes, batch, blocks, **inputs.constants, **options)
+    own, shared = grad_inputs.split([rows, beyond], dim=1)
+    for distance, part in enumerate(shared.split(rows, dim=1), start=1):  # rows of the block so many blocks ahead
         own[distance:, : part.shape[1]] += part[: max(blocks - distance, 0)]
-    grad_projected = own.reshape(-1, gates * size)[:inputs].view_as(projected)
-    grad_new_bias = bias_sums.sum(dim=0) if gates == 3 else None
-    return grad_projected, grad_weight.sum(dim=0), grad_new_bias, zero_sums.sum(dim=0) if packed else None
+    grad_projected = own.reshape(-1, width)[: batch * positions].view_as(projected)
+    return grad_projected, grad_weight.sum(dim=0), *sums
