@@ -8,14 +8,13 @@ HARM is `none`, or KIND:PROCESS:STEP, done once: `kill` and `terminate` the proc
 or make its loss `nan`. The harm is not done again in a run that is started anew with the same RECORDS.
 """
 
-import contextlib
 import json
 import os
+import runpy
 import signal
 import sys
 from pathlib import Path
 
-from scripts import train
 from scripts.training.trainer import RecipeTrainer
 
 
@@ -60,7 +59,5 @@ def read(records: Path, processes: int = 1) -> list[dict[int, dict]]:
 
 if __name__ == "__main__":
     RecipeTrainer.training_step, RecipeTrainer.compute_loss = recorded(Path(sys.argv[1]), sys.argv[2])
-    with contextlib.redirect_stdout(sys.stderr):
-        result = train.main(sys.argv[3:])
-    if result is not None:
-        print(json.dumps(result))
+    del sys.argv[1:3]
+    runpy.run_module("scripts.train", run_name="__main__", alter_sys=True)

@@ -228,9 +228,19 @@ def test_two_processes_stop_at_one_step_and_go_on_without_a_sample_twice_or_neve
     assert [max(process) for process in read(tmp_path / "records", 2)] == [5, 5]
     gone_on = launch(tmp_path / "records", "none", *arguments, "--resume")
     assert gone_on.returncode == 0, gone_on.stderr
-    assert json.loads(gone_on.stdout)["steps"] == steps > 8
+    result = json.loads(gone_on.stdout)  # one line, from the first process only
+    assert result["processes"] == 2 and result["steps"] == steps > 8
     seen = predicted(tmp_path / "records", 2)
     assert set(seen.values()) == {1} and len(seen) == len(words_of(paths))
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_when_the_time_is_up(recipe, tmp_path):
+    settings = ["--set", "training.max_steps=100000", "--set", "budget.max_seconds=3"]
+    done = launch(tmp_path / "records", "none", recipe, "--output-dir", tmp_path / "run", *settings)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert 2 < result["steps"] < 100_000 and result["wall_seconds"]["training"] >= 3
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from modeling_rtransformer.linear_rnn import (
     real_jordan_form,
     rsa_from_linear_rnn,
 )
+from modeling_rtransformer.positions import SequenceInfo
 from scripts import convert
 
 
@@ -135,9 +136,9 @@ def test_an_attention_layer_of_a_wider_model_takes_it():
     silent = LinearRNN(SPECTRA["real-and-pairs"](), torch.eye(6, dtype=torch.float64), torch.zeros(6).double())
     recurrent = form.power(1)
     states = silent._replace(recurrent=recurrent).run(inputs[..., :6])
-    mask = torch.full((40, 40), -torch.inf).triu(1).double()[None, None]
-    torch.testing.assert_close(layer(inputs, attention_mask=mask)[0][..., :6], states - inputs[..., :6])
-    assert layer(inputs, attention_mask=mask)[0][..., 6:].abs().max() == 0
+    sequence = SequenceInfo(attention_mask=torch.full((40, 40), -torch.inf).triu(1).double()[None, None])
+    torch.testing.assert_close(layer(inputs, sequence)[0][..., :6], states - inputs[..., :6])
+    assert layer(inputs, sequence)[0][..., 6:].abs().max() == 0
 
 
 @pytest.mark.parametrize("exponent", [1, 2, 17])
