@@ -108,7 +108,8 @@ class LocalRNN(nn.Module):
         if self.implementation != "auto" or reason_for_plain(inputs, self.recurrent_proj.weight):
             return False
         device = inputs.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+        is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on "meta"
+        dtype = torch.get_autocast_dtype(device) if is_autocast else inputs.dtype
         has_lstm = device != "cpu" or dtype in (torch.float32, torch.float64)  # some CPUs lack it in half precision
         return has_lstm and inputs.shape[1] <= self.window
 
