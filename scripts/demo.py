@@ -4,9 +4,9 @@ Train a language model for some minutes, score it beside others, and show text t
     python -m scripts.demo --seconds 240
     python -m scripts.demo stdlib-code --seconds 60 --output-dir runs/short
 
-Training takes the seconds that are named, all of it at most half as much again on any machine: start-up, scoring and
-writing text come out of the same time. Where it does not suffice for all rows of the test split, as many as there is
-time for are scored, evenly spread, and the number is shown. A demo that was interrupted is gone on with.
+Training takes `--seconds`, the whole at most 1.5 times as long on any machine, start-up, scoring and generation
+included. If there is no time to score all rows of the test split, an evenly spread part of them is scored, and its size
+is printed. The same command resumes an interrupted demo.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from scripts.training.recipe import add_overrides
 
 WHOLE = 1.5  # times the seconds of training, for everything
 WRITING = 0.1  # times the seconds of training, kept for the text
-# Small models of source code do not get out of a run of blanks by themselves; no file is indented by 24 often.
+# At a low temperature a small model of source code never ends a run of spaces; few lines are indented by 24.
 SAMPLING = ["--temperature", "0.5", "--no-repeat", "24"]
 
 
@@ -59,17 +59,13 @@ def scores(result: Mapping[str, Any], kept: Mapping[str, Mapping[str, Any]]) -> 
     scored, of = result["rows_scored"]["test"]
     extent = "the whole" if scored == of else f"{scored:,} of {of:,} rows, evenly spread, of the"
     lines = [f"{name.replace('_', ' ')}, lower is better", f"  this model  {value:.3f}  {extent} test split"]
-    rows: dict[str, list[Mapping[str, Any]]] = {}
-    for run, content in kept.items():
-        if run.startswith(f"{result['recipe']}/lstm"):
-            rows.setdefault(run.rpartition("/")[0], []).append(content["result"])
-    figures = {row: statistics.mean(run["metrics"]["test"][name] for run in runs) for row, runs in rows.items()}
-    if figures:
-        best = min(figures, key=figures.get)
-        training = statistics.mean(run["wall_seconds"]["training"] for run in rows[best])
+    lstm = [run["result"] for run_name, run in kept.items() if run_name.startswith(f"{result['recipe']}/lstm/")]
+    if lstm:
+        figure = statistics.mean(run["metrics"]["test"][name] for run in lstm)
+        training = statistics.mean(run["wall_seconds"]["training"] for run in lstm)
         lines.append(
-            f"  LSTM        {figures[best]:.3f}  docs/results/{best}: {rows[best][0]['parameters']:,} parameters, mean "
-            f"of {len(rows[best])} runs of {training:.0f} s with Python {rows[best][0]['versions']['python']}"
+            f"  LSTM        {figure:.3f}  {lstm[0]['parameters']:,} parameters, mean of {len(lstm)} runs of "
+            f"{training:.0f} s with Python {lstm[0]['versions']['python']} (docs/RESULTS.md)"
         )
     return lines + [
         f"  {other:10}  {figure:.3f}  at its highest setting, the whole test split"
@@ -85,7 +81,7 @@ def main(
     Train, score and write; the result of `train.py` with the `text`, None on all processes but the first.
 
     Args:
-        spent: seconds that have passed already, which count.
+        spent: seconds since the program began, which count.
         results: the folder of kept results.
     """
     options, started = parse_arguments(arguments), CLOCKS["wall"]() - spent

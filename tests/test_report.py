@@ -179,8 +179,12 @@ def test_the_tables_of_the_repository_name_what_there_is():
             assert row.baseline is None or row.baseline in report.read_baselines(row.recipe)
 
 
-def test_the_recipe_of_the_demo_is_the_first_row_of_its_table():
-    run, recipe = read_tables()["stdlib-code"].runs()[0], read_recipe("stdlib-code")
+def test_the_recipe_of_the_demo_is_the_first_row_of_its_table_and_every_document_has_its_figure():
+    table, recipe = read_tables()["stdlib-code"], read_recipe("stdlib-code")
+    run, found = table.runs()[0], report.read_results(report.ROOT / "docs" / "results")
     row = read_recipe(run.row.recipe, report.overrides_of(run))
     assert (run.seed, run.row.baseline) == (recipe.training["seed"], None)
     assert (row.model, row.sections) == (recipe.model, recipe.sections)
+    figure = cell(table, [found[other.name]["result"] for other in table.runs() if other.row is run.row])
+    for name in ("README.md", "configuration/README.md", "docs/RESULTS.md"):
+        assert figure in (report.ROOT / name).read_text(encoding="utf-8"), name
