@@ -66,8 +66,8 @@ def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[
             )
             for split, dataset in datasets.items()
         }
-    else:  # rows of numbers as arrays: as lists they would take longer to read than to learn from
-        datasets = {split: dataset.with_format("numpy") for split, dataset in datasets.items()}
+    else:  # rows of numbers as tensors: as lists they would take longer to read than to learn from
+        datasets = {split: dataset.with_format("torch") for split, dataset in datasets.items()}
     if tokenizer is not None:
         config_values |= {
             "vocab_size": len(tokenizer),
