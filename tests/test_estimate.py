@@ -97,7 +97,7 @@ def test_the_command_prints_a_table_and_one_line_of_json(capsys):
 
 def test_a_larger_model_is_sharded_and_a_longer_row_computed_again():
     large = ["--set", "model.hidden_size=4096", "--set", "model.num_hidden_layers=48", "--batch", "1"]
-    large += ["--set", "model.local_window=7"]
+    large += ["--set", "model.local_window=7", "--set", "model.num_local_rnns=1"]  # every step of a window is counted
     assert estimate.main(["stdlib-code", "--gpus", "1", *large])["first_that_fits"] is None
     assert estimate.main(["stdlib-code", "--gpus", "64", *large])["first_that_fits"]["strategy"] == "hsdp"
     long = estimate.main(["stdlib-code", "--gpus", "64", *large, "--sequence-length", "16384"])
