@@ -4,7 +4,8 @@ Heads of language models, over the base model of any system of this package.
 
 A system gets a head by one line, `class SystemForCausalLM(CausalLMHead, SystemPreTrainedModel, GenerationMixin)`, where
 `SystemPreTrainedModel.base_class` is its base model. The generic heads of Transformers ask `AutoModel` for the base,
-which fails for code that is loaded from a folder: there the classes of a config and of its model's file are two.
+which fails for code that is loaded from a folder: Transformers then loads the config's class twice, and `AutoModel`
+knows one of the two.
 """
 
 # B batch, T positions of this call, V vocabulary
