@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from modeling_rtransformer import RTransformerConfig, RTransformerForCausalLM
 from modeling_rtransformer.block import RTransformerLocalRNN
+from modeling_rtransformer.library_versions import CACHE_NAME, named_cache
 from scripts.benchmarks.local_rnn import UnfoldedLocalRNN
 from scripts.benchmarks.measuring import Case
 
@@ -17,7 +18,7 @@ REM_KINDS = ["regular", "regular", "first_cyclical", "second_cyclical", "none", 
 
 @torch.no_grad()
 def decode_one(model, token, cache):
-    model(token, cache=cache, use_cache=True)
+    model(token, use_cache=True, **named_cache(cache))
 
 
 def build_decoding(size, layers, context, device, small):
@@ -39,7 +40,7 @@ def build_decoding(size, layers, context, device, small):
         model.to(device).eval()
         prompt = torch.randint(1000, (1, context), device=device)
         with torch.no_grad():
-            cache = model(prompt, use_cache=True, logits_to_keep=1).cache
+            cache = model(prompt, use_cache=True, logits_to_keep=1)[CACHE_NAME]
         functions.append(partial(decode_one, model, prompt[:, :1], cache))
     return tuple(functions)
 
