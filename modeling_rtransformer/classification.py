@@ -153,9 +153,7 @@ class TokenClassificationHead(LabelScores):
             **kwargs,
         )
         logits = self.score(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.score_labels(logits, labels, attention_mask, **kwargs)
+        loss = None if labels is None else self.score_labels(logits, labels, attention_mask, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -193,7 +191,21 @@ class FrameClassificationHead(TokenClassificationHead):
         **kwargs,
     ) -> torch.Tensor:
         self._check_labels(labels, logits.shape[1])
-        return self._loss(logits, labels.to(logits.device), attention_mask, num_items_in_batch)
+        labels, count = labels.to(logits.device), num_items_in_batch
+        scored = labels != IGNORED
+        real = real_positions(attention_mask, logits.shape[1])
+        if real is not None:
+            scored = scored & real.to(labels.device).view(*real.shape, *[1] * (labels.dim() - 2))
+        targets = torch.where(scored, labels, 0)
+        if labels.dim() == 3:
+            losses = F.binary_cross_entropy_with_logits(logits.float(), targets.float(), reduction="none")
+        else:
+            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        if count is None:
+            count = scored.sum().clamp(min=1)
+        elif torch.is_tensor(count):
+            count = count.to(losses.device)
+        return (losses * scored).sum() / count
 
     def _check_labels(self, labels: torch.Tensor, length: int) -> None:
         wanted = {
@@ -219,29 +231,6 @@ class FrameClassificationHead(TokenClassificationHead):
             wrong = labels[(labels != IGNORED) & ~((labels >= 0) & (labels <= 1))]
             if wrong.numel():
                 raise ValueError(f"`labels` must lie in [0, 1], or be -100 where not scored, got {wrong[0].item()}")
-
-    def _loss(
-        self,
-        logits: torch.Tensor,  # (B, T, num_labels)
-        labels: torch.Tensor,  # (B, T, num_labels) or (B, T)
-        attention_mask: torch.Tensor | None,
-        count: torch.Tensor | int | None,
-    ) -> torch.Tensor:
-        scored = labels != IGNORED
-        real = real_positions(attention_mask, logits.shape[1])
-        if real is not None:
-            scored = scored & real.to(labels.device).view(*real.shape, *[1] * (labels.dim() - 2))
-        if labels.dim() == 3:
-            targets = torch.where(scored, labels, 0).float()
-            losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none")
-        else:
-            targets = torch.where(scored, labels, 0)
-            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        if count is None:
-            count = scored.sum().clamp(min=1)
-        elif torch.is_tensor(count):
-            count = count.to(losses.device)
-        return (losses * scored).sum() / count
 
 
 class QuestionAnsweringHead:

@@ -93,11 +93,11 @@ def rem_heads(
     [6, 6, 12, 12, 1, 1, 1, 1]
     ```
     """
-    kinds = ["regular"] * regular + ["first_cyclical"] * first_cyclical + ["second_cyclical"] * second_cyclical
-    dilated = (
-        ["regular"] * dilated_regular
-        + ["first_cyclical"] * dilated_first_cyclical
-        + ["second_cyclical"] * dilated_second_cyclical
+    undilated_counts = regular, first_cyclical, second_cyclical
+    dilated_counts = dilated_regular, dilated_first_cyclical, dilated_second_cyclical
+    kinds, dilated = (
+        [kind for kind, count in zip(REM_KINDS[1:], counts) for _ in range(count)]
+        for counts in (undilated_counts, dilated_counts)
     )
     dilations = list(dilations or [])
     if len(dilations) != len(dilated):

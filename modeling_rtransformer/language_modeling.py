@@ -20,12 +20,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
 from .inputs import check_ids
-from .library_versions import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    accepts_both_cache_names,
-    named_cache,
-)
+from .library_versions import BaseModelOutputWithPast, CausalLMOutputWithPast, accepts_both_cache_names, named_cache
 
 
 logger = logging.get_logger(__name__)
@@ -43,6 +38,13 @@ class LanguageModelHead:
         self.model = self.base_class(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
+
+    def loss_of(self, logits: torch.Tensor, labels: torch.Tensor | None, **kwargs) -> torch.Tensor | None:
+        """The loss of the labels, after they are checked; None without labels."""
+        if labels is None:
+            return None
+        check_ids("labels", labels, self.config.vocab_size, "`vocab_size`")
+        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
 
 
 class CausalLMHead(LanguageModelHead):
@@ -78,8 +80,6 @@ class CausalLMHead(LanguageModelHead):
         Returns:
             `logits` `(B, T, V)`, with `labels` also the `loss` in nats a token.
         """
-        if labels is not None:
-            check_ids("labels", labels, self.config.vocab_size, "`vocab_size`")
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -92,11 +92,8 @@ class CausalLMHead(LanguageModelHead):
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
-            loss=loss,
+            loss=self.loss_of(logits, labels, **kwargs),
             logits=logits,
             **named_cache(outputs.cache),
             hidden_states=outputs.hidden_states,
@@ -135,8 +132,6 @@ class MaskedLMHead(LanguageModelHead):
         Returns:
             `logits` `(B, T, V)`, with `labels` also the `loss` in nats a scored token.
         """
-        if labels is not None:
-            check_ids("labels", labels, self.config.vocab_size, "`vocab_size`")
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -147,9 +142,9 @@ class MaskedLMHead(LanguageModelHead):
             **kwargs,
         )
         logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=self.loss_of(logits, labels, **kwargs),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )

@@ -103,35 +103,27 @@ def named_cache(cache: Cache | None) -> dict[str, Cache | None]:
     return {CACHE_NAME: cache}
 
 
-if CACHE_NAME == "cache":
-    from transformers.modeling_outputs import (
-        BaseModelOutputWithPast,
-        CausalLMOutputWithPast,
-        SequenceClassifierOutputWithPast,
-    )
-else:
+class _BothCacheNames:
+    """An output of an older Transformers, read by `output.cache` and `output["cache"]` too."""
 
-    class _BothCacheNames:
-        """An output of an older Transformers, read by `output.cache` and `output["cache"]` too."""
+    @property
+    def cache(self) -> Cache | None:
+        return self.past_key_values
 
-        @property
-        def cache(self) -> Cache | None:
-            return self.past_key_values
+    def __getitem__(self, key):
+        return super().__getitem__("past_key_values" if key == "cache" else key)
 
-        def __getitem__(self, key):
-            return super().__getitem__("past_key_values" if key == "cache" else key)
 
-    @dataclass
-    class BaseModelOutputWithPast(_BothCacheNames, modeling_outputs.BaseModelOutputWithPast):
-        __doc__ = modeling_outputs.BaseModelOutputWithPast.__doc__
+def _with_both_names(output: type) -> type:
+    """The output class itself or, where it lacks the name `cache`, a class of the same name and fields that has it."""
+    if "cache" in output.__dataclass_fields__:
+        return output
+    return dataclass(type(output.__name__, (_BothCacheNames, output), {"__doc__": output.__doc__}))
 
-    @dataclass
-    class CausalLMOutputWithPast(_BothCacheNames, modeling_outputs.CausalLMOutputWithPast):
-        __doc__ = modeling_outputs.CausalLMOutputWithPast.__doc__
 
-    @dataclass
-    class SequenceClassifierOutputWithPast(_BothCacheNames, modeling_outputs.SequenceClassifierOutputWithPast):
-        __doc__ = modeling_outputs.SequenceClassifierOutputWithPast.__doc__
+BaseModelOutputWithPast = _with_both_names(modeling_outputs.BaseModelOutputWithPast)
+CausalLMOutputWithPast = _with_both_names(modeling_outputs.CausalLMOutputWithPast)
+SequenceClassifierOutputWithPast = _with_both_names(modeling_outputs.SequenceClassifierOutputWithPast)
 
 
 __all__ = ["BaseModelOutputWithPast", "CausalLMOutputWithPast", "SequenceClassifierOutputWithPast"]

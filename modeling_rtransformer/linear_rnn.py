@@ -210,16 +210,13 @@ def load_linear_rnn_(attention: RTransformerAttention, form: RealJordanForm, gat
     """
     units, dim = len(form.basis), attention.head_dim
     needed = attention_fields(form)
-    kinds = (
-        []
-        if attention.recurrence is None
-        else sorted(zip(attention.recurrence.head_indices, attention.recurrence.kinds))
-    )
+    recurrence = attention.recurrence
+    kinds = [] if recurrence is None else sorted(zip(recurrence.head_indices, recurrence.kinds))
     wanted = [(head, kind) for head, kind in enumerate(needed["rem_kinds"]) if kind != "none"]
     num_plain = attention.config.num_attention_heads - units
     if not 0 < gate < 1:
         raise ValueError(f"`gate` must lie above 0 and below 1, got {gate}")
-    if kinds != wanted or set(attention.recurrence.dilations) != {1} or not attention.is_causal:
+    if kinds != wanted or set(recurrence.dilations) != {1} or not attention.is_causal:
         raise ValueError(f"the layer must be causal with the undilated REM heads {wanted}, got {kinds}")
     needed_dim = 2 if len(form.decay) else 1
     if dim < needed_dim or num_plain * dim < units:
@@ -250,12 +247,12 @@ def load_linear_rnn_(attention: RTransformerAttention, form: RealJordanForm, gat
     for parameter, value in (
         (attention.v_proj.weight, values.view(-1, width)),
         (attention.o_proj.weight, outputs.view(width, -1)),
-        (attention.recurrence.eta, torch.atanh(form.real)),
-        (attention.recurrence.nu, torch.logit(form.decay)),
-        (attention.recurrence.theta, form.angle),
+        (recurrence.eta, torch.atanh(form.real)),
+        (recurrence.nu, torch.logit(form.decay)),
+        (recurrence.theta, form.angle),
     ):
         parameter.copy_(value)
-    attention.recurrence.mu.fill_(math.log(gate / (1 - gate)))
+    recurrence.mu.fill_(math.log(gate / (1 - gate)))
     for zero in (attention.k_proj.weight, attention.k_proj.bias, attention.v_proj.bias, attention.o_proj.bias):
         zero.zero_()
 
@@ -303,10 +300,8 @@ def rsa_from_linear_rnn(
         **fields,
     )
     model = model_class(config).double().eval()
-    base = model.base_model
-    block = base.layers[0]
+    block, embedding = model.base_model.layers[0], model.base_model.embed_values
     load_linear_rnn_(block.self_attn, form, gate)
-    embedding = base.embed_values
     for parameter, value in ((embedding.weight, rnn.input), (embedding.bias, rnn.bias)):
         parameter.zero_()
         parameter[:units] = value

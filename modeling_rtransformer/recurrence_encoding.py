@@ -22,6 +22,7 @@ Source: Huang et al. 2023, "Encoding Recurrence into Transformers" (ICLR 2023), 
 # B batch, H attention heads, R heads with a REM, T queries, L keys, d head size, m dilation, C chunk, N chunks
 
 import math
+from collections import Counter
 from typing import NamedTuple
 
 import torch
@@ -254,20 +255,15 @@ class RecurrenceEncoding(nn.Module):
     @staticmethod
     def _share_eigenvalues(rem_heads: list[tuple[int, str, int]]) -> tuple[list[int], int, int]:
         """For each head the index of its eigenvalue in (regular ones, then pairs), and the number of both."""
-        num_regular = sum(kind == "regular" for _, kind, _ in rem_heads)
-        indices = {}
-        regular, pairs = 0, {}
-        counts = {}
+        regular = sorted(head for head, kind, _ in rem_heads if kind == "regular")
+        indices = {head: index for index, head in enumerate(regular)}
+        counts, pairs = Counter(), {}
         for head, kind, dilation in sorted(rem_heads):
-            if kind == "regular":
-                indices[head] = regular
-                regular += 1
-                continue
-            group = (kind, dilation > 1)
-            counts[group] = counts.get(group, 0) + 1
-            pair = (dilation > 1, counts[group])
-            indices[head] = num_regular + pairs.setdefault(pair, len(pairs))
-        return [indices[head] for head, _, _ in rem_heads], num_regular, len(pairs)
+            if kind != "regular":
+                pair = dilation > 1, counts[kind, dilation > 1]
+                counts[kind, dilation > 1] += 1
+                indices[head] = len(regular) + pairs.setdefault(pair, len(pairs))
+        return [indices[head] for head, _, _ in rem_heads], len(regular), len(pairs)
 
     def index_buffers(self) -> dict[str, torch.Tensor]:
         """The constants that say which head is what; not saved, so they are set again after loading."""
