@@ -135,8 +135,8 @@ class TestToeplitz:
         model.load_state_dict(rsa.state_dict(), strict=False)
         for ours, theirs in zip(model.model.layers, rsa.model.layers, strict=True):
             toeplitz, rem = ours.self_attn.recurrence, theirs.self_attn.recurrence
-            matrix = rem.matrix(torch.arange(40), 40)[0, toeplitz.heads]
-            order = [rem.head_indices.index(head) for head in toeplitz.heads]
+            matrix = rem.matrix(torch.arange(40), 40)[0, toeplitz.head_indices]
+            order = [rem.head_indices.index(head) for head in toeplitz.head_indices]
             toeplitz.weight.data.copy_(matrix[:, 1:, 0])
             toeplitz.mu.data.copy_(rem.mu[order])
         model.set_attn_implementation(attention)

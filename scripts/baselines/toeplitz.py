@@ -21,6 +21,7 @@ from modeling_rtransformer import RTransformerConfig, RTransformerModel, RTransf
 from modeling_rtransformer.attention import RTransformerAttention
 from modeling_rtransformer.block import MIXERS
 from modeling_rtransformer.head_shard import HeadShard
+from modeling_rtransformer.recurrence_encoding import RecurrenceEncoding
 from scripts.baselines.heads import register
 
 
@@ -57,77 +58,48 @@ class ToeplitzConfig(RTransformerConfig):
         return {"local_rnn": self.num_local_rnns, "toeplitz_attention": 1}
 
 
-class LearnedToeplitz(nn.Module):
-    """
-    The matrices of one attention layer and their gate, in the place of `RecurrenceEncoding`.
-    """
+class LearnedToeplitz(RecurrenceEncoding):
+    """The matrices of one attention layer and their gate: a [`RecurrenceEncoding`] whose P is looked up."""
 
     def __init__(self, heads: list[int], num_attention_heads: int, gate: str, max_length: int):
-        super().__init__()
-        self.heads = heads
-        self.num_attention_heads = num_attention_heads
+        super().__init__([(head, "regular", 1) for head in heads], num_attention_heads, gate, is_causal=True)
+        del self.eta, self.nu, self.theta
         self.weight = nn.Parameter(torch.empty(len(heads), max_length - 1))  # of the distances 1, 2, ...
-        self.mu = nn.Parameter(torch.empty(1 if gate == "layer" else len(heads)))
 
     def init_parameters(self) -> None:
-        """Weights normal(0, 0.02), mu uniform on [-3, 3]."""
+        """Weights normal(0, 0.02), mu uniform on [-3, 3]; the indices."""
         init.normal_(self.weight, std=0.02)
         init.uniform_(self.mu, -3, 3)
+        for name, index in self.index_buffers().items():
+            init.copy_(getattr(self, name), index)
 
-    def gates(self) -> torch.Tensor:
-        """gate = sigmoid(mu) of each of the H heads, zero for a plain one: `(H,)`."""
-        gates = self.mu.new_zeros(self.num_attention_heads)
-        gates[self.heads] = torch.sigmoid(self.mu).expand(len(self.heads))
-        return gates
+    def learned(self, shard: HeadShard | None = None) -> tuple[torch.Tensor, ...]:
+        """The weights in the place of `eta`, nothing for `nu` and `theta`, and `mu`."""
+        if shard is not None:
+            raise ValueError("the Toeplitz baseline has all its heads in one process; leave tensor parallelism")
+        nothing = self.weight[:0]
+        return self.weight, nothing, nothing, self.mu
 
-    def matrix(self, positions: torch.Tensor, length: int, segment_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """P of all H heads, zero for a plain one: `(1 or B, H, T, length)`; arguments as of `RecurrenceEncoding`."""
+    def matrix(self, positions, length, segment_ids=None, shard=None, learned=None) -> torch.Tensor:
+        """P of all H heads, zero for a plain one: `(1 or B, H, T, length)`; arguments as of [`RecurrenceEncoding`]."""
         longest = self.weight.shape[1] + 1
         if length > longest:
             raise ValueError(f"the input must have at most `max_length` = {longest} positions, got {length}")
         distance = positions[:, None] - torch.arange(length, device=positions.device)  # (T, L)
         entries = self.weight[:, distance.clamp(min=1) - 1] * (distance >= 1)  # (R, T, L)
-        matrix = entries.new_zeros(self.num_attention_heads, *distance.shape)
-        matrix[self.heads] = entries
+        matrix = entries.new_zeros(1, self.num_attention_heads, *distance.shape)
+        matrix[:, self.head_indices] = entries
         if segment_ids is None:
-            return matrix[None]
+            return matrix
         return matrix * (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
 
-    def forward(
-        self,
-        attention_output: torch.Tensor,  # (B, T, H, d)
-        values: torch.Tensor,  # (B, H, L, d)
-        positions: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        shard: HeadShard | None = None,
-    ) -> torch.Tensor:
-        """(1 - gate) * softmax(...) V + gate * P V: `(B, T, H, d)`."""
-        _all_heads(shard)
+    def product(self, values, positions=None, segment_ids=None, gates=None, shard=None, learned=None) -> torch.Tensor:
+        """gates * P V of the R heads: `(B, R, T, d)`; arguments as of [`RecurrenceEncoding`]."""
         if positions is None:
-            positions = torch.arange(attention_output.shape[1], device=values.device)
-        gates = self.gates()
-        product = (self.matrix(positions, values.shape[2], segment_ids).to(values.dtype) @ values).transpose(1, 2)
-        return (1 - gates)[:, None] * attention_output + gates[:, None] * product
-
-    def mixing_matrix(
-        self,
-        attention_weights: torch.Tensor,  # (B, H, T, L)
-        positions: torch.Tensor | None = None,
-        segment_ids: torch.Tensor | None = None,
-        shard: HeadShard | None = None,
-    ) -> torch.Tensor:
-        """(1 - gate) * softmax(...) + gate * P, the matrix that multiplies the values: `(B, H, T, L)`."""
-        _all_heads(shard)
-        queries, length = attention_weights.shape[2:]
-        if positions is None:
-            positions = torch.arange(queries, device=attention_weights.device)
-        gates = self.gates()[:, None, None]
-        return (1 - gates) * attention_weights + gates * self.matrix(positions, length, segment_ids)
-
-
-def _all_heads(shard: HeadShard | None) -> None:
-    if shard is not None:
-        raise ValueError("the Toeplitz baseline has all its heads in one process; leave tensor parallelism")
+            positions = torch.arange(values.shape[2], device=values.device)
+        matrix = self.matrix(positions, values.shape[2], segment_ids)[:, self.head_indices]
+        product = matrix.to(values.dtype) @ values[:, self.head_indices]
+        return product if gates is None else product * gates[:, None, None].to(values.dtype)
 
 
 class ToeplitzAttention(RTransformerAttention):
