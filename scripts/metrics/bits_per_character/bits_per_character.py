@@ -1,17 +1,19 @@
 """Bits per character: the negative log likelihood of a text in bits, for each of its characters."""
 
 import math
+from collections.abc import Sequence
 
 import datasets
 import evaluate
 
 
-DESCRIPTION = __doc__
-INPUTS = """
-Args:
-    nll (list of `float`): summed negative log likelihoods, in nats, of any parts of the text.
-    count (list of `int`): the number of characters of each part.
-"""
+def bits_per_character(nll: Sequence[float], count: Sequence[int]) -> float:
+    """
+    Args:
+        nll (list of `float`): summed negative log likelihoods, in nats, of any parts of the text.
+        count (list of `int`): the number of characters of each part.
+    """
+    return sum(nll) / math.log(2) / sum(count)
 
 
 class BitsPerCharacter(evaluate.Metric):
@@ -19,11 +21,11 @@ class BitsPerCharacter(evaluate.Metric):
 
     def _info(self):
         return evaluate.MetricInfo(
-            description=DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=INPUTS,
+            inputs_description=bits_per_character.__doc__,
             features=datasets.Features({"nll": datasets.Value("float64"), "count": datasets.Value("int64")}),
         )
 
     def _compute(self, nll, count):
-        return {"bits_per_character": sum(nll) / math.log(2) / sum(count)}
+        return {"bits_per_character": bits_per_character(nll, count)}

@@ -1,17 +1,19 @@
 """Perplexity: exp of the mean negative log likelihood of a token."""
 
 import math
+from collections.abc import Sequence
 
 import datasets
 import evaluate
 
 
-DESCRIPTION = __doc__
-INPUTS = """
-Args:
-    nll (list of `float`): summed negative log likelihoods, in nats, of any parts of the text.
-    count (list of `int`): the number of tokens of each part.
-"""
+def perplexity(nll: Sequence[float], count: Sequence[int]) -> float:
+    """
+    Args:
+        nll (list of `float`): summed negative log likelihoods, in nats, of any parts of the text.
+        count (list of `int`): the number of tokens of each part.
+    """
+    return math.exp(sum(nll) / sum(count))
 
 
 class Perplexity(evaluate.Metric):
@@ -19,11 +21,11 @@ class Perplexity(evaluate.Metric):
 
     def _info(self):
         return evaluate.MetricInfo(
-            description=DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=INPUTS,
+            inputs_description=perplexity.__doc__,
             features=datasets.Features({"nll": datasets.Value("float64"), "count": datasets.Value("int64")}),
         )
 
     def _compute(self, nll, count):
-        return {"perplexity": math.exp(sum(nll) / sum(count))}
+        return {"perplexity": perplexity(nll, count)}

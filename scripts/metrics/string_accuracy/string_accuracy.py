@@ -1,14 +1,17 @@
 """String accuracy: the share of the strings that are right at every position."""
 
+from collections.abc import Sequence
+
 import datasets
 import evaluate
 
 
-DESCRIPTION = __doc__
-INPUTS = """
-Args:
-    right (list of `bool`): for each string, whether all its positions are right.
-"""
+def string_accuracy(right: Sequence[bool]) -> float:
+    """
+    Args:
+        right (list of `bool`): for each string, whether all its positions are right.
+    """
+    return sum(right) / len(right)
 
 
 class StringAccuracy(evaluate.Metric):
@@ -16,11 +19,11 @@ class StringAccuracy(evaluate.Metric):
 
     def _info(self):
         return evaluate.MetricInfo(
-            description=DESCRIPTION,
+            description=__doc__,
             citation="",
-            inputs_description=INPUTS,
+            inputs_description=string_accuracy.__doc__,
             features=datasets.Features({"right": datasets.Value("bool")}),
         )
 
     def _compute(self, right):
-        return {"string_accuracy": sum(right) / len(right)}
+        return {"string_accuracy": string_accuracy(right)}
