@@ -9,11 +9,11 @@ import torch
 from datasets import DatasetDict
 from pydantic import PositiveInt
 from torch.utils.data import Dataset
-from transformers import AutoModelForTimeSeriesPrediction, EvalPrediction, default_data_collator
+from transformers import AutoModelForTimeSeriesPrediction, EvalPrediction
 
 import scripts.baselines  # noqa: F401  registers the models that a recipe can name
 from scripts.metrics import METRIC_FUNCTIONS
-from scripts.tasks.prepared import Prepared, check, spread
+from scripts.tasks.prepared import Prepared, check
 
 
 METRICS = ("mse", "mae")
@@ -67,11 +67,9 @@ def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
         auto_class=AutoModelForTimeSeriesPrediction,
         config_values={name: value for name, value in found.items() if hasattr(config, name)},
         datasets=datasets,
-        monitor=spread(datasets.get("validation"), options.max_eval_rows),
-        tokenizer=None,
-        collator=default_data_collator,
         reduce_logits=row_errors,
         compute_metrics=partial(forecast_metrics, metrics=recipe.report.metrics),
+        max_eval_rows=options.max_eval_rows,
         label_names=("future_values",),
     )
 

@@ -8,13 +8,15 @@ from typing import Literal
 import numpy as np
 import torch
 from pydantic import NonNegativeInt, PositiveInt
+from scipy.ndimage import shift
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import AutoModelForAudioFrameClassification, EvalPrediction
 
 from scripts.data.sources.piano_roll import key_names
 from scripts.metrics import METRIC_FUNCTIONS
-from scripts.tasks.prepared import Prepared, check
+from scripts.tasks.prepared import Prepared, check, classes
 
 
 METRICS = ("nats_per_frame",)
@@ -72,12 +74,7 @@ class Frames(Dataset):
 
 def transposed(frames: np.ndarray, keys: int) -> np.ndarray:
     """The frames `keys` higher, or lower if negative; notes beyond the ends of the keyboard are lost."""
-    moved = np.zeros_like(frames)
-    if keys >= 0:
-        moved[:, keys:] = frames[:, : frames.shape[1] - keys]
-    else:
-        moved[:, :keys] = frames[:, -keys:]
-    return moved
+    return shift(frames, (0, keys), order=0)
 
 
 def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
@@ -95,12 +92,9 @@ def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
         config_values={
             "num_input_features": len(names),
             "problem_type": "multi_label_classification",
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: index for index, name in enumerate(names)},
+            **classes(names),
         },
         datasets=datasets,
-        monitor=datasets.get("validation"),
-        tokenizer=None,
         collator=pad_frames,
         reduce_logits=row_nll,
         compute_metrics=partial(frame_metrics, metrics=recipe.report.metrics),
@@ -110,16 +104,11 @@ def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
 
 def pad_frames(rows: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
     """A batch of rows: all frames but the last as input, all but the first as labels, padded at the end."""
-    longest, keys = max(len(row) for row in rows) - 1, rows[0].shape[1]
-    values = torch.zeros(len(rows), longest, keys)
-    labels = torch.full((len(rows), longest, keys), IGNORED, dtype=torch.int8)  # a whole split's are kept at once
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for index, row in enumerate(rows):
-        frames = torch.from_numpy(np.ascontiguousarray(row))
-        values[index, : len(row) - 1] = frames[:-1]
-        labels[index, : len(row) - 1] = frames[1:]
-        mask[index, : len(row) - 1] = 1
-    return {"input_values": values, "attention_mask": mask, "labels": labels}
+    frames = [torch.from_numpy(np.ascontiguousarray(row)) for row in rows]
+    values = pad_sequence([row[:-1].float() for row in frames], batch_first=True)
+    labels = [row[1:].to(torch.int8) for row in frames]  # a whole split's are kept at once
+    labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+    return {"input_values": values, "attention_mask": (labels[..., 0] != IGNORED).long(), "labels": labels}
 
 
 def row_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -14,19 +14,13 @@ import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 from pydantic import PositiveInt
-from transformers import (
-    AutoModelForCausalLM,
-    EvalPrediction,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-    default_data_collator,
-)
+from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 
 from scripts.data.streaming import StreamedWindows
 from scripts.data.tokenization import build_tokenizer, characters_per_token, token_ids
 from scripts.data.windows import IGNORED, TokenStream, Windows
 from scripts.metrics import METRIC_FUNCTIONS
-from scripts.tasks.prepared import Prepared, check, spread
+from scripts.tasks.prepared import Prepared, check, vocabulary
 
 
 METRICS = ("bits_per_character", "perplexity")
@@ -97,16 +91,10 @@ def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[
     }
     return Prepared(
         auto_class=AutoModelForCausalLM,
-        config_values={
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        },
+        config_values=vocabulary(tokenizer),
         datasets=datasets,
-        monitor=spread(datasets.get("validation"), options.max_eval_rows),
         tokenizer=tokenizer,
-        collator=default_data_collator,
+        max_eval_rows=options.max_eval_rows,
         reduce_logits=row_nll,
         compute_metrics=partial(
             language_metrics, metrics=recipe.report.metrics, characters=characters, unknown_id=tokenizer.unk_token_id

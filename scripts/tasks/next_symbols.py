@@ -11,13 +11,13 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForAudioFrameClassification, EvalPrediction
 
 from scripts.data.sources.regular_languages import AUTOMATA, BINS, END, Automaton
 from scripts.metrics import METRIC_FUNCTIONS
-from scripts.tasks.prepared import Prepared, check
+from scripts.tasks.frame_prediction import row_nll
+from scripts.tasks.prepared import Prepared, check, classes
 
 
 METRICS = ("string_accuracy", "string_accuracy_long", "nats_per_frame")
@@ -38,7 +38,6 @@ def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
         raise ValueError(f"`data.source` must be regular_languages for next_symbols, got {recipe.data.source!r}")
     strings = recipe.load_data()
     automaton = AUTOMATA[recipe.data.language]
-    names = [*automaton.alphabet, END]
     padding = len(automaton.alphabet)  # the end is never read, so its number is free among the inputs
     datasets = {split: [number_symbols(text, automaton) for text in strings[split]["text"]] for split in splits}
     return Prepared(
@@ -47,12 +46,9 @@ def prepare(recipe, tokenizer, splits: Sequence[str]) -> Prepared:
             "vocab_size": padding + 1,
             "pad_token_id": padding,
             "problem_type": "multi_label_classification",
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: index for index, name in enumerate(names)},
+            **classes([*automaton.alphabet, END]),
         },
         datasets=datasets,
-        monitor=datasets.get("validation"),
-        tokenizer=None,
         collator=partial(pad_strings, padding=padding),
         reduce_logits=row_scores,
         compute_metrics=partial(string_metrics, metrics=recipe.report.metrics),
@@ -77,9 +73,8 @@ def row_scores(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     logits = logits[0] if isinstance(logits, tuple) else logits
     scored = labels != IGNORED
     right = ((logits > 0) == (labels == 1)) | ~scored
-    nats = F.binary_cross_entropy_with_logits(logits.float(), torch.where(scored, labels, 0).float(), reduction="none")
     lengths = scored[..., 0].sum(dim=1)
-    return torch.stack([right.all(dim=2).all(dim=1), lengths, (nats * scored).sum(dim=(1, 2))], dim=1).double()
+    return torch.stack([right.all(dim=2).all(dim=1), lengths, row_nll(logits, labels)], dim=1).double()
 
 
 def string_metrics(prediction: EvalPrediction, *, metrics: Sequence[str]) -> dict[str, float]:

@@ -8,7 +8,7 @@ import datasets
 import numpy as np
 import torch
 from torch.utils.data import Dataset, Subset
-from transformers import EvalPrediction, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedTokenizerBase, default_data_collator
 
 from modeling_rtransformer.configuration_rtransformer import nearest
 
@@ -60,6 +60,19 @@ def spread(dataset: Dataset | None, rows: int | None) -> Dataset | None:
     return dataset.select(places) if isinstance(dataset, datasets.Dataset) else Subset(dataset, places)
 
 
+def classes(names: Sequence[str]) -> dict[str, dict]:
+    """The fields of a model's config that name its classes."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
+def vocabulary(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int]:
+    """The fields of a model's config that follow from its tokenizer; none for numbers."""
+    if tokenizer is None:
+        return {}
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    return {"vocab_size": len(tokenizer), **special}
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """
@@ -69,11 +82,11 @@ class Prepared:
         auto_class: the Auto class of the model, such as `AutoModelForCausalLM`.
         config_values: what the data say about the model's config, such as `vocab_size`.
         datasets: `train`, `validation` and `test`, as far as they were asked for.
-        monitor: what is scored during training: the validation data or a part of it.
-        tokenizer: None where the input is numbers.
-        collator: makes a batch of rows.
         reduce_logits: `(logits, labels)` to what the metrics need of them, so that no logits are kept.
         compute_metrics: metrics of all reduced predictions.
+        collator: makes a batch of rows.
+        tokenizer: None where the input is numbers.
+        max_eval_rows: rows scored at an evaluation during training, spread over the validation data; all if None.
         compare: other methods' results on a split, by name.
         compute_loss: `(outputs, labels, num_items_in_batch)` to the loss; None for the model's own.
         label_names: what of a batch `reduce_logits` and `compute_metrics` get as labels; None for `labels`.
@@ -82,11 +95,16 @@ class Prepared:
     auto_class: Any
     config_values: Mapping[str, Any]
     datasets: Mapping[str, Dataset]
-    monitor: Dataset | None
-    tokenizer: PreTrainedTokenizerBase | None
-    collator: Callable
     reduce_logits: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    collator: Callable = default_data_collator
+    tokenizer: PreTrainedTokenizerBase | None = None
+    max_eval_rows: int | None = None
     compare: Callable[[str], dict[str, float]] = _no_comparison
     compute_loss: Callable | None = None
     label_names: tuple[str, ...] | None = None
+
+    @property
+    def monitor(self) -> Dataset | None:
+        """What is scored during training."""
+        return spread(self.datasets.get("validation"), self.max_eval_rows)

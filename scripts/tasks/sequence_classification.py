@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from datasets import ClassLabel, Dataset, Value
@@ -19,7 +18,7 @@ from transformers import (
 from modeling_rtransformer.configuration_rtransformer import nearest
 from scripts.data.tokenization import build_tokenizer
 from scripts.metrics import METRIC_FUNCTIONS
-from scripts.tasks.prepared import Prepared, check, spread
+from scripts.tasks.prepared import Prepared, check, classes, vocabulary
 
 
 METRICS = ("accuracy", "f1")
@@ -50,10 +49,6 @@ def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[
         raise ValueError("`data.label_column` is missing; sequence_classification needs the name of the label's column")
     names = class_names(examples["train"], recipe.task.labels)
     datasets = {split: number_labels(examples[split], names, split) for split in splits}
-    config_values: dict[str, Any] = {
-        "id2label": dict(enumerate(names)),
-        "label2id": {name: index for index, name in enumerate(names)},
-    }
     if "text" in columns:
         tokenizer = tokenizer or build_tokenizer(recipe.tokenizer, (row["text"] for row in examples["train"]))
         datasets = {
@@ -68,18 +63,11 @@ def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[
         }
     else:  # rows of numbers as tensors: as lists they would take longer to read than to learn from
         datasets = {split: dataset.with_format("torch") for split, dataset in datasets.items()}
-    if tokenizer is not None:
-        config_values |= {
-            "vocab_size": len(tokenizer),
-            "pad_token_id": tokenizer.pad_token_id,
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-        }
     return Prepared(
         auto_class=AutoModelForSequenceClassification,
-        config_values=config_values,
+        config_values={**classes(names), **vocabulary(tokenizer)},
         datasets=datasets,
-        monitor=spread(datasets.get("validation"), recipe.task.max_eval_rows),
+        max_eval_rows=recipe.task.max_eval_rows,
         tokenizer=tokenizer,
         collator=default_data_collator if tokenizer is None else DataCollatorWithPadding(tokenizer),
         reduce_logits=predicted_class,
