@@ -95,9 +95,15 @@ def test_the_keys_are_those_of_a_piano():
     [
         ({"validdata": None}, "has no array `validdata`; it needs .* of these it has testdata, traindata"),
         ({"testdata": np.zeros((3, 88))}, r"`testdata` .* must be a cell array .* got float64 of shape \(3, 88\)"),
-        ({"testdata": cells([np.zeros((9, 88)), np.zeros((9, 87))])}, r"piece 1 of `testdata` .* got \(9, 87\)"),
+        (
+            {"testdata": cells([np.zeros((9, 88)), np.zeros((9, 87))])},
+            r"piece 1 .* got float64 of shape \(9, 87\)",
+        ),
         ({"testdata": cells([np.zeros((1, 88)), np.zeros((9, 88))])}, r"piece 0 of `testdata` .*at least 2 frames"),
-        ({"testdata": cells([np.full((9, 88), 2), np.zeros((9, 88))])}, "piece 0 of `testdata` .* must hold 0 and 1"),
+        (
+            {"testdata": cells([np.full((9, 88), 2), np.zeros((9, 88))])},
+            "piece 0 .* and hold 0 and 1 only, got int64",
+        ),
     ],
 )
 def test_a_file_of_another_content_is_refused(tmp_path, parts, message):

