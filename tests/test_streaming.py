@@ -76,7 +76,8 @@ def test_each_token_is_predicted_once_in_a_pass_by_one_process(tmp_path, tokeniz
     paths = write_files(tmp_path, suffix)
     counts = Counter()
     for rank in range(processes):
-        rows = [{"labels": row["labels"][None]} for row, _ in stream(read(paths), tokenizer).split(rank, processes)]
+        part = stream(read(paths), tokenizer).split(rank, processes)
+        rows = [{"labels": torch.from_numpy(row["labels"])[None]} for row, _ in part]
         counts.update(predicted(rows, tokenizer))
     assert counts == words_of(write_files(tmp_path, "jsonl"))
 
@@ -197,7 +198,7 @@ def test_separate_documents_do_not_see_each_other(tokenizer, paths, streamed):
     documents = Dataset.from_dict({"text": texts})
     if streamed:
         rows = stream(documents.to_iterable_dataset(), tokenizer, window=11, stride=10, separate=True)
-        row = next(iter(rows))[0]
+        row = {name: torch.from_numpy(values) for name, values in next(iter(rows))[0].items()}
     else:
         row = Windows(token_stream(documents, tokenizer), window=11, stride=10, score_once=False, separate=True)[0]
     # <eos> a b | <eos> c | <eos> d e f g | <eos>

@@ -3,23 +3,24 @@ Make training rows from a stream of documents that need not fit into memory or o
 
 Each data-parallel process reads its own part of the documents (`datasets.distributed.split_dataset_by_node`: whole
 files if their number is a multiple of the processes, else every n-th document), and each of its
-`dataloader_num_workers` reads a part of that. A part is a stream as in `windows.py`: `<eos>`, then each document
-followed by `<eos>`, cut into rows across documents. One block of documents is in memory at a time. The rows of a block
-are shuffled, its last tokens are carried over into the next block, and the last row of a part is padded.
+`dataloader_num_workers` reads a part of that. One block of documents is in memory at a time. A block is a stream as in
+`windows.py`, with `<eos>` first and after each document. It is cut into rows across documents, its last row is padded,
+and its rows are shuffled.
 
 All processes end a pass over the data together. A process whose part is exhausted yields rows without labels, which add
 nothing to the loss or its gradient, until the others have finished. So in each pass every token is predicted once, by
 one process, whatever the sizes of the parts.
 
-The state of the stream after a batch is small and travels with the batch: the position in the documents before the
-block (`datasets.IterableDataset.state_dict`), the tokens carried over from the block before, and the row.
+The state of the stream after a batch is small and travels with the batch: it is `datasets.IterableDataset.state_dict`,
+the position in the documents before the block and the number of its rows that were read. Each worker of a `DataLoader`
+has its own, which a plain `DataLoader` does not collect.
 """
 
-# W window
+# N rows of a block, W window
 
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ class StreamError(ValueError):
     """An error of a stream or of its saved state; the message has the remedy."""
 
 
+@dataclasses.dataclass(eq=False)
 class StreamedWindows(torch.utils.data.IterableDataset):
     """
     The rows of one process, for one pass over its part of the documents.
@@ -50,93 +52,61 @@ class StreamedWindows(torch.utils.data.IterableDataset):
         seed: of the order of the rows in a block.
     """
 
-    def __init__(
-        self,
-        documents: IterableDataset,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        window: int,
-        stride: int,
-        block: int,
-        seed: int,
-        separate: bool = False,
-    ) -> None:
-        self.documents, self.tokenizer = documents, tokenizer
-        self.window, self.stride, self.block, self.seed, self.separate = window, stride, block, seed, separate
-        self.rank = self.epoch = 0
-        self.begin_at: list[dict | None] | None = None  # a state for each worker, to resume a pass
-        self.begin_with = 0  # the worker that yields first
-        self.turn = 1  # rows that a worker yields at a time: a batch
+    documents: IterableDataset
+    tokenizer: PreTrainedTokenizerBase
+    _: dataclasses.KW_ONLY
+    window: int
+    stride: int
+    block: int
+    seed: int
+    separate: bool = False
+    epoch: int = 0
+    begin_at: list[dict | None] | None = None  # a state for each worker, to resume a pass
+    begin_with: int = 0  # the worker that yields first
+    turn: int = 1  # rows that a worker yields at a time: a batch
 
     def split(self, rank: int, processes: int) -> "StreamedWindows":
         """The part of the stream for one of several processes."""
-        part = copy.copy(self)
-        if processes > 1:
-            part.documents = split_dataset_by_node(self.documents, rank=rank, world_size=processes)
-        part.rank = rank
-        return part
+        return dataclasses.replace(self, documents=split_dataset_by_node(self.documents, rank, processes))
 
-    def __iter__(self) -> Iterator[tuple[dict[str, torch.Tensor] | None, dict[str, Any]]]:
+    def __iter__(self) -> Iterator[tuple[dict[str, np.ndarray] | None, dict[str, Any]]]:
         """Rows, each with the state after it; None for rows that a worker yielded before the pass was resumed."""
         info = get_worker_info()
         worker = 0 if info is None else info.id
-        eos = self.tokenizer.eos_token_id
-        state = None if self.begin_at is None else self.begin_at[worker]
         if worker < self.begin_with:
             yield from [(None, {})] * self.turn
-        state = state or {"documents": None, "left": [eos], "predicted": 1, "begins": [0], "block": 0, "row": 0}
-        self.documents.set_epoch(self.epoch)
-        self.documents.load_state_dict(state["documents"])
-        documents = iter(self.documents)
-        while True:
-            held = list(islice(documents, self.block))
-            tokens, begins = self._joined(held, state)
-            starts = list(range(0, len(tokens) - self.window + 1, self.stride))
-            end = len(starts) * self.stride  # the start of the next row
-            predicted = self.window - self.stride if starts else state["predicted"]
-            if not held and len(tokens) - end > predicted:
-                starts.append(end)
-            seed = [self.seed, self.epoch, self.rank, worker, state["block"]]
-            for place, index in enumerate(np.random.default_rng(seed).permutation(len(starts))):
-                if place >= state["row"]:
-                    yield self._row(tokens, begins, starts[index]), {**state, "row": place + 1}
-            if not held:
-                return
-            state = {
-                "documents": self.documents.state_dict(),
-                "left": tokens[end:].tolist(),
-                "predicted": predicted,
-                "begins": (begins[begins >= end] - end).tolist(),
-                "block": state["block"] + 1,
-                "row": 0,
-            }
+        columns = {"input_columns": "text", "remove_columns": "text"}
+        rows = self.documents.map(self._rows, with_indices=True, batched=True, batch_size=self.block, **columns)
+        rows.load_state_dict(None if self.begin_at is None else self.begin_at[worker])
+        for row in rows:
+            yield row, rows.state_dict()
 
-    def _joined(self, held: list[dict[str, str]], state: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-        """The carried tokens and those of a block as one stream, and the positions at which documents begin."""
-        texts = [row["text"] for row in held]
+    def _rows(self, texts: list[str], numbers: list[int]) -> dict[str, Any]:
+        """The shuffled rows of a block of documents, given their texts and numbers.  each column (N, W)"""
         for text in texts:
             if not isinstance(text, str):
                 raise StreamError(
                     f"`data.text_column` holds {text!r}, not text, in a row of the train split; correct or remove such "
                     "rows"
                 )
-        options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-        encoded = self.tokenizer(texts, **options)["input_ids"] if texts else []
         eos = self.tokenizer.eos_token_id
-        parts = [np.array(ids, dtype=np.int32) for ids in (state["left"], *([*ids, eos] for ids in encoded))]
-        begins = np.cumsum([len(part) for part in parts])[1:] - 1  # an `<eos>` is the next document's first token
-        return np.concatenate(parts), np.concatenate([np.array(state["begins"], dtype=np.int64), begins])
-
-    def _row(self, tokens: np.ndarray, begins: np.ndarray, start: int) -> dict[str, torch.Tensor]:
-        part = tokens[start : start + self.window]
-        ids = np.full(self.window, self.tokenizer.eos_token_id, dtype=np.int64)
-        labels = np.full(self.window, IGNORED, dtype=np.int64)
-        ids[: len(part)] = labels[: len(part)] = part
-        row = {"input_ids": torch.from_numpy(ids), "labels": torch.from_numpy(labels)}
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+        tokens = np.concatenate([[eos], *([*ids, eos] for ids in encoded)])
+        starts = range(0, max(1, len(tokens) - self.window + self.stride), self.stride)
+        padding = (0, starts[-1] + self.window - len(tokens))
+        columns = {
+            "input_ids": np.pad(tokens, padding, constant_values=eos),
+            "labels": np.pad(tokens, padding, constant_values=IGNORED),
+        }
         if self.separate:
-            inside = begins[(begins >= start) & (begins < start + self.window)] - start
-            row["position_ids"] = positions_in_documents(inside, self.window)
-        return row
+            begins = np.cumsum([0, *(len(ids) + 1 for ids in encoded)])  # an `<eos>` is a document's first token
+            columns["position_ids"] = positions_in_documents(begins, len(columns["labels"])).numpy()
+        order = np.random.default_rng([self.seed, self.epoch, numbers[0]]).permutation(starts)
+        windows = np.lib.stride_tricks.sliding_window_view
+        rows = {name: windows(column, self.window)[order] for name, column in columns.items()}
+        if self.separate:  # the first document of a row may have begun before it
+            rows["position_ids"] = np.minimum(rows["position_ids"], np.arange(self.window))
+        return rows
 
     def blank(self) -> dict[str, torch.Tensor]:
         """The shortest batch without labels, which adds nothing to a loss.  (1, 2)"""
@@ -166,9 +136,8 @@ class StreamLoader:
     ) -> None:
         self.stream, self.collator, self.everywhere = stream, collator, everywhere
         self.stream.turn = batch_size
-        self.epoch = self.batches = 0
+        self.epoch = self.batches = self.next_worker = 0
         self.workers: list[dict | None] = [None] * max(1, options.get("num_workers", 0))
-        self.next_worker = 0
         self.ended = False  # no training step is left
         # A separate generator: the workers' seeds must not advance the one that a checkpoint restores.
         generator = torch.Generator().manual_seed(stream.seed)
@@ -182,27 +151,20 @@ class StreamLoader:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         while not self.ended:
             self.stream.epoch, self.stream.begin_at, self.stream.begin_with = self.epoch, self.workers, self.next_worker
-            loaded = iter(DataLoader(self.stream, **self.options))
-            while not self.everywhere((item := self._next(loaded)) is None):
+            loaded = (item for item in DataLoader(self.stream, **self.options) if item[0] is not None)
+            while not self.everywhere((item := next(loaded, None)) is None):
                 self.batches += 1
-                if item is None:
-                    yield self.stream.blank()
-                else:
+                if item is not None:
                     batch, state, worker = item
-                    self.workers = [state if index == worker else old for index, old in enumerate(self.workers)]
-                    self.next_worker = (worker + 1) % len(self.workers)
-                    yield batch
+                    self.workers[worker], self.next_worker = state, (worker + 1) % len(self.workers)
+                yield self.stream.blank() if item is None else batch
             if not self.batches:
                 raise StreamError("the train split of `data` gives no row; name files that hold more text")
             self.epoch, self.workers, self.next_worker = self.epoch + 1, [None] * len(self.workers), 0
 
-    @staticmethod
-    def _next(loaded: Iterator) -> tuple | None:
-        return next((item for item in loaded if item[0] is not None), None)
-
     def state_dict(self) -> dict[str, Any]:
         """The state of the stream after the last batch, made of numbers, lists and dicts only."""
-        return {name: getattr(self, name) for name in ("epoch", "batches", "workers", "next_worker")}
+        return copy.deepcopy({name: getattr(self, name) for name in ("epoch", "batches", "workers", "next_worker")})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume after the last batch of another loader with the same number of workers."""
