@@ -17,14 +17,14 @@ The last line of stdout is one JSON object with the repository, the commit and t
 """
 
 import argparse
-import ast
 import json
+import os
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, RepoCard, SpaceCardData
+from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from modeling_rtransformer.hub_files import HUB_FILES, PICKLES
@@ -50,24 +50,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def write_metric(metric: Path, folder: Path, repo_id: str, license: str) -> list[str]:
-    """Write the files of a metric's Space: the module, its requirements and its card."""
-    name = metric.name
-    if repo_id.split("/")[-1] != name:
+    """Copy the files of a metric's Space, which are those of its folder."""
+    if repo_id.split("/")[-1] != metric.name:
         raise ValueError(
-            f"REPO_ID of the metric {name} must end in /{name}, where evaluate looks for it, got {repo_id}"
+            f"REPO_ID of a metric must end in its name, /{metric.name}, where evaluate looks for it, got {repo_id}"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(metric / f"{name}.py", folder / f"{name}.py")
-    (folder / "requirements.txt").write_text("datasets\nevaluate\n", encoding="utf-8")
-    description = ast.get_docstring(ast.parse((metric / f"{name}.py").read_text(encoding="utf-8")))
-    data = SpaceCardData(title=name, sdk="static", license=license, tags=["evaluate", "metric"])
-    text = (
-        f"---\n{data.to_yaml()}\n---\n\n# {name.replace('_', ' ')}\n\n{description}\n\n"
-        f"```python\nimport evaluate\n\nmetric = evaluate.load({json.dumps(repo_id)})\n```\n\n"
-        "Needs datasets and evaluate.\n"
-    )
-    RepoCard(text).save(folder / "README.md")
-    return sorted(path.name for path in folder.iterdir())
+    shutil.copytree(metric, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    return sorted(os.listdir(folder))
 
 
 def push(
@@ -89,12 +78,11 @@ def push(
     validate_repo_id(repo_id)
     is_metric = (checkpoint / f"{checkpoint.resolve().name}.py").is_file() and not (checkpoint / "config.json").exists()
     write = write_metric if is_metric else write_folder
-    if dry_run is not None:
-        names = write(checkpoint.resolve(), dry_run, repo_id, license)
-        return {"repo_id": repo_id, "folder": str(dry_run), "files": names}
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent) / "folder"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = dry_run or Path(temporary)
         names = write(checkpoint.resolve(), folder, repo_id, license)
+        if dry_run is not None:
+            return {"repo_id": repo_id, "folder": str(folder), "files": names}
         kind = {"repo_type": "space"} if is_metric else {"replaces": REPLACED}
         return {**upload_folder(folder, repo_id, **kind, **options, api=api), "files": names}
 

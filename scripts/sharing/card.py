@@ -42,7 +42,6 @@ HEADS = [
 ]
 # Transformers 5 has no pipeline for questions, for the frames of a recording or for forecasts.
 NO_PIPELINES = {"question-answering", "audio-classification", "time-series-forecasting"}
-EXAMPLES = {"stdlib_code": "def read_file(path):"}  # a prompt that suits the data, by source
 
 
 def head_of(config) -> Head:
@@ -59,19 +58,12 @@ def own_metrics(split: Mapping[str, float]) -> dict[str, float]:
     return {name: value for name, value in split.items() if name in METRIC_FUNCTIONS}
 
 
-def eval_results(results: Mapping[str, Any], recipe: Recipe | None, head: Head) -> list[EvalResult]:
+def eval_results(results: Mapping[str, Any], dataset: str, head: Head) -> list[EvalResult]:
     """The measured metrics as entries of the Hub's `model-index`."""
-    source = recipe.sections["data"]["source"] if recipe is not None else results["recipe"]
-    dataset = recipe.sections["data"].get("dataset", source) if recipe is not None else source
+    kept = {"task_type": head.pipeline, "dataset_type": dataset, "dataset_name": dataset.replace("_", " ")}
     return [
         EvalResult(
-            task_type=head.pipeline,
-            dataset_type=dataset,
-            dataset_name=dataset.replace("_", " "),
-            dataset_split=split,
-            metric_type=name,
-            metric_name=name.replace("_", " "),
-            metric_value=value,
+            **kept, dataset_split=split, metric_type=name, metric_name=name.replace("_", " "), metric_value=value
         )
         for split, scores in results["metrics"].items()
         for name, value in own_metrics(scores).items()
@@ -102,13 +94,15 @@ def gate_rows(model: PreTrainedModel) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["layer"], row["head"]))
 
 
-def _reads_its_mask(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer turns the text of the mask into the mask token, as the fill-mask pipeline needs."""
-    return tokenizer.mask_token is not None and tokenizer.mask_token_id in tokenizer(tokenizer.mask_token).input_ids
+def has_pipeline(config, tokenizer: PreTrainedTokenizerBase | None, head: Head) -> bool:
+    """Whether Transformers has a pipeline for the model. One that fills masks has to read them as the mask token."""
+    if tokenizer is None or config.num_input_features is not None or head.pipeline in NO_PIPELINES:
+        return False
+    mask = tokenizer.mask_token
+    return head.pipeline != "fill-mask" or (mask is not None and tokenizer.mask_token_id in tokenizer(mask).input_ids)
 
 
 def render(
-    *,
     repo_id: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -126,44 +120,34 @@ def render(
         files: names of the other files in the repository; the card shows plots that are among them.
     """
     config, head = model.config, head_of(model.config)
-    reads_numbers = config.num_input_features is not None
-    has_pipeline = not reads_numbers and tokenizer is not None and head.pipeline not in NO_PIPELINES
-    if head.pipeline == "fill-mask" and not (has_pipeline and _reads_its_mask(tokenizer)):
-        has_pipeline = False
     sections = recipe.sections if recipe is not None else {}
-    data = sections.get("data", {})
-    source = SOURCES.get(data.get("source"))
-    measured = eval_results(results, recipe, head) if results else None
+    data = dict(sections.get("data", {}))
+    source = data.pop("source", None)
+    dataset = data.get("dataset", source or (results or {}).get("recipe"))
+    measured = eval_results(results, dataset, head) if results else None
+    name = repo_id.split("/")[-1]
     card_data = ModelCardData(
         license=license,
         library_name="transformers",
-        pipeline_tag=None if reads_numbers else head.pipeline,
+        pipeline_tag=head.pipeline if config.num_input_features is None else None,
         tags=["r-transformer", "rsa", "recurrence", "custom_code"],
-        datasets=[data["dataset"]] if data.get("source") == "hub" else None,
+        datasets=[dataset] if source == "hub" else None,
         metrics=sorted({result.metric_type for result in measured}) if measured else None,
-        model_name=repo_id.split("/")[-1],
+        model_name=name,
         eval_results=measured,
     )
     return ModelCard.from_template(
-        card_data,
+        card_data,  # which gives the template `license` too
         template_path=str(TEMPLATE),
         repo_id=repo_id,
-        title=repo_id.split("/")[-1].replace("_", " "),
         head=head,
-        config=config,
-        parameters=model.num_parameters(),
-        dtype=str(model.dtype).removeprefix("torch."),
-        has_tokenizer=tokenizer is not None,
-        has_pipeline=has_pipeline,
-        reads_numbers=reads_numbers,
-        has_unknown=getattr(tokenizer, "unk_token", None) is not None,
-        mask_token=getattr(tokenizer, "mask_token", None),
-        example=EXAMPLES.get(data.get("source"), "The "),
-        labels=[config.id2label[index] for index in sorted(config.id2label)],
-        about_data=inspect.getdoc(source) if source is not None else None,
-        data={key: value for key, value in data.items() if key != "source"},
-        training={**sections.get("training", {}), **sections.get("budget", {})},
-        averaging=sections.get("averaging", {}),
+        model=model,
+        tokenizer=tokenizer,
+        has_pipeline=has_pipeline(config, tokenizer, head),
+        source=source,
+        about_data=inspect.getdoc(SOURCES[source]) if source in SOURCES else None,
+        data=data,
+        sections=sections,
         results=results,
         own_metrics=own_metrics,
         gates=gate_rows(model),

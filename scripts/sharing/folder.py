@@ -7,8 +7,8 @@ with the file's name and what was found.
 """
 
 import dataclasses
-import getpass
 import json
+import os
 import platform
 import re
 import shutil
@@ -22,14 +22,15 @@ from huggingface_hub import get_token
 from transformers import AutoConfig, AutoTokenizer
 
 from modeling_rtransformer import CONFIGS
-from modeling_rtransformer.hub_files import HUB_FILES, PICKLES, TOKENIZER_FILES, WEIGHT_FILES
-from scripts.results.plots import plot_curve, plot_gates
+from modeling_rtransformer.hub_files import TOKENIZER_FILES, WEIGHT_FILES
+from scripts.results.plots import plot_gates
 from scripts.sharing.card import gate_rows, head_of, render
 from scripts.training.checkpoints import load_model
 from scripts.training.recipe import Recipe, read_recipe
 
 
 COPIED = ("generation_config.json", *WEIGHT_FILES, *TOKENIZER_FILES, "curve.json", "curve.png")
+PRIVATE = ("hub_", "push_to_hub", "logging_dir", "run_name", "resume_from", "report_to")  # beginnings, in [training]
 DATA_FILES = ("train", "validation", "test", "file")  # settings of [data] that name files
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 HOME = re.compile(r"(?:/home|/Users|[A-Za-z]:\\+Users)[/\\]+[\w.-]+")
@@ -51,11 +52,7 @@ def write_folder(checkpoint: Path, folder: Path, repo_id: str, license: str = "a
         known = " or ".join(repr(config_class.model_type) for config_class in CONFIGS)
         raise ValueError(f"{checkpoint} must hold a model of type {known}, got {config.model_type!r}")
     if not list(checkpoint.glob("model*.safetensors")):
-        found = ", ".join(path.name for pattern in PICKLES for path in checkpoint.glob(pattern))
-        raise ValueError(
-            f"{checkpoint} has no model.safetensors (found {found or 'no weights'}); save the model with "
-            "`save_pretrained`, which writes safetensors"
-        )
+        raise ValueError(f"{checkpoint} has no model.safetensors; save the model with `save_pretrained`")
     model = load_model(getattr(transformers, head_of(config).auto_class), checkpoint).eval()
     has_tokenizer = (checkpoint / "tokenizer_config.json").is_file()
     tokenizer = AutoTokenizer.from_pretrained(checkpoint) if has_tokenizer else None
@@ -71,69 +68,42 @@ def write_folder(checkpoint: Path, folder: Path, repo_id: str, license: str = "a
     if (checkpoint / "results.json").is_file():
         results = public_results(json.loads((checkpoint / "results.json").read_text(encoding="utf-8")))
         (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    if (folder / "curve.json").is_file() and not (folder / "curve.png").is_file() and recipe is not None:
-        rows = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
-        plot_curve(rows, recipe.report.metrics[0], folder / "curve.png")
     gates = gate_rows(model)
     if gates:
         plot_gates(gates, folder / "gates.png")
-    card = render(
-        repo_id=repo_id,
-        model=model,
-        tokenizer=tokenizer,
-        results=results,
-        recipe=recipe,
-        files=sorted(path.name for path in folder.iterdir()),
-        license=license,
-    )
+    card = render(repo_id, model, tokenizer, results, recipe, files=os.listdir(folder), license=license)
     card.save(folder / "README.md")
-    names = sorted(path.name for path in folder.iterdir())
-    for name in names:
-        assert any(fnmatch(name, pattern) for pattern in HUB_FILES), name
     refuse_secrets(folder, checkpoint, repo_id)
-    return names
+    return sorted(os.listdir(folder))
 
 
 def public_recipe(recipe: Recipe) -> Recipe:
-    """The recipe without paths of this machine and without the settings of pushing and logging."""
-    data = dict(recipe.sections["data"])
-    for split in DATA_FILES:
-        if split in data and (split == "file" or data.get("source") == "files"):
-            data[split] = _file_names(data[split])
-    data.pop("folder", None)  # of local copies; without it the data are downloaded
-    if data.get("source") == "hub" and Path(data["dataset"]).is_dir():
+    """The recipe without folders of this machine and without the settings of pushing and logging."""
+
+    def name_of(value: str | list[str]) -> str | list[str]:
+        return [name_of(item) for item in value] if isinstance(value, list) else Path(value).name
+
+    data, training = recipe.sections["data"], recipe.sections.get("training", {})
+    data = {key: name_of(value) if key in DATA_FILES else value for key, value in data.items() if key != "folder"}
+    if "dataset" in data and Path(data["dataset"]).is_dir():  # else its name on the Hub
         data["dataset"] = Path(data["dataset"]).name
-    sections = {**recipe.sections, "data": data}
-    if "training" in sections:
-        kept = {key: value for key, value in sections["training"].items() if not _is_private(key)}
-        sections["training"] = kept
-    return dataclasses.replace(recipe, sections=sections)
+    training = {key: value for key, value in training.items() if not key.startswith(PRIVATE)}
+    return dataclasses.replace(recipe, sections={**recipe.sections, "data": data, "training": training})
 
 
 def public_results(results: Mapping[str, Any]) -> dict[str, Any]:
-    """The results, with paths in the overrides of the command line cut down to file names."""
-    overrides = []
-    for override in results.get("overrides", []):
-        key, _, value = override.partition("=")
-        section, _, name = key.strip().partition(".")
-        if (section == "training" and _is_private(name)) or (section, name) == ("data", "folder"):
-            continue
-        overrides.append(f"{key}={re.sub(r'[^,[]*[/]', '', value)}" if section == "data" else override)
-    return {**results, "overrides": overrides}
-
-
-def _file_names(value: str | list[str]) -> str | list[str]:
-    return Path(value).name if isinstance(value, str) else [Path(name).name for name in value]
-
-
-def _is_private(setting: str) -> bool:
-    return setting.startswith(("hub_", "push_to_hub", "logging_dir", "run_name", "resume_from", "report_to"))
+    """The results without the overrides of the command line that name a path, or set pushing or logging."""
+    private = tuple(f"training.{name}" for name in PRIVATE)
+    kept = [text for text in results.get("overrides", []) if not (set("/\\") & set(text) or text.startswith(private))]
+    return {**results, "overrides": kept}
 
 
 def refuse_secrets(folder: Path, checkpoint: Path, repo_id: str) -> None:
     """Raise a ValueError that names the file with a path, a name or a token, but never the token itself."""
-    places = {str(Path.home()), str(Path.cwd()), str(checkpoint.resolve()), str(checkpoint.resolve().parent)} - {"/"}
-    names = {platform.node(), _user()} - {"root", "user", "admin", "localhost", *repo_id.split("/")}
+    places = {str(place) for place in (Path.home(), Path.cwd(), checkpoint.resolve(), checkpoint.resolve().parent)} - {
+        "/"
+    }
+    names = {platform.node(), Path.home().name} - {"root", "user", "admin", "localhost", *repo_id.split("/")}
     token = get_token()
     for path in sorted(folder.iterdir()):
         text = _text(path)
@@ -145,13 +115,6 @@ def refuse_secrets(folder: Path, checkpoint: Path, repo_id: str) -> None:
             found += [name for name in names if len(name) > 3 and re.search(rf"\b{re.escape(name)}\b", text)]
         if found:
             raise ValueError(f"{path.name} names this machine or its user ({found[0]!r}); take it out before pushing")
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a user without a name
-        return ""
 
 
 def _text(path: Path) -> str:

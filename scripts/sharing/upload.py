@@ -2,32 +2,36 @@
 Upload a folder to the Hub as one commit, with errors that say what to do.
 
 A push is complete or has no effect: large files are uploaded first and stay invisible until the one commit that names
-them. huggingface_hub skips unchanged files. A broken connection, a full queue (429) and a server error (5xx) are
-retried where a second request cannot do anything twice.
+them. huggingface_hub skips unchanged files, and sends an upload again after a broken connection, a full queue (429) or
+a server error (5xx). The other requests are short. They are sent once, since only their answer may be lost; a second
+push sends what is missing.
 """
 
 import fnmatch
-import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, constants
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
 from modeling_rtransformer import CONFIGS
 
 
-TRIES, FIRST_WAIT = 3, 1.0  # seconds, doubled each time
 MODEL_TYPES = {config_class.model_type for config_class in CONFIGS}
 # huggingface_hub 1 uses httpx, 2 uses httpx2; its own error is derived from that library's.
 HTTP_ERROR = next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
+
+LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
+# What is wrong and what to do, by the status that the Hub answers.
+ANSWERS = {
+    401: f"the Hub does not accept the token; {LOG_IN}",
+    403: "the token has no right to write to REPO; use one with write access, or propose the change with --create-pr",
+    404: "REPO does not exist, so there is nothing to propose a change of; leave --create-pr out",
+    409: "REPO was changed by someone else meanwhile (409); look at it and push again",
+    412: "REPO was changed by someone else meanwhile (412); look at it and push again",
+    429: "the Hub takes no more requests for now (429); push again in some minutes",
+}
 
 
 class PushError(Exception):
@@ -66,126 +70,71 @@ def upload_folder(
     api = api or HfApi()
     if create_pr and revision is not None:
         raise PushError("--create-pr proposes a change of the main branch; leave --revision out")
+    files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
     created = False
     try:
-        user = retried(api.whoami)
-        owners = [user["name"], *(organization["name"] for organization in user.get("orgs", []))]
-        repo_id = repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+        user = api.whoami()["name"]
+        repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
         where = {"repo_id": repo_id, "repo_type": repo_type}
-        created = ensure_repository(api, where, owners, private, create_pr)
+        if not create_pr and not api.repo_exists(**where):
+            sdk = "static" if repo_type == "space" else None  # it runs nothing
+            api.create_repo(**where, private=private, exist_ok=True, space_sdk=sdk)
+            created = True
+        refuse_existing(api.repo_info(**where), private, create_pr)
         if revision not in (None, "main"):
-            retried(lambda: api.create_branch(**where, branch=revision, exist_ok=True))
+            api.create_branch(**where, branch=revision, exist_ok=True)
         where["revision"] = revision or "main"
-        before = retried(lambda: api.repo_info(**where))
-        files = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
-        outdated = sorted(
-            file.rfilename
-            for file in before.siblings
-            if file.rfilename not in files and any(fnmatch.fnmatch(file.rfilename, pattern) for pattern in replaces)
+        head = api.repo_info(**where)
+        absent = sorted({file.rfilename for file in head.siblings} - files.keys())
+        outdated = [name for name in absent if any(fnmatch.fnmatch(name, pattern) for pattern in replaces)]
+        done = api.create_commit(
+            **where,
+            operations=[
+                *(CommitOperationAdd(name, str(path)) for name, path in files.items()),
+                *map(CommitOperationDelete, outdated),
+            ],
+            commit_message=message,
+            create_pr=create_pr,
+            parent_commit=head.sha,  # the Hub refuses the commit if another one has come in between
         )
-
-        def commit():
-            head = api.repo_info(**where)  # again: a commit whose answer was lost may have arrived
-            present = {file.rfilename for file in head.siblings}
-            return api.create_commit(
-                **where,
-                operations=[
-                    *(CommitOperationAdd(name, str(path)) for name, path in files.items()),
-                    *(CommitOperationDelete(name) for name in outdated if name in present),
-                ],
-                commit_message=message,
-                create_pr=create_pr,
-                parent_commit=head.sha,  # the Hub refuses the commit if another one has come in between
-            )
-
-        done = retried(commit, lost_answers=not create_pr)  # a retry could open a second pull request
     except (HTTP_ERROR, OSError, RuntimeError, ValueError) as error:
-        left = f"{repo_id} was made and is empty" if created else "nothing was changed there"
-        raise PushError(f"{explanation(error, api, repo_id, create_pr)}. Nothing was pushed: {left}") from error
+        raise PushError(explanation(error, api.endpoint, repo_id, created, create_pr)) from error
     return {
         "repo_id": repo_id,
         "url": f"{api.endpoint}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}",
         "commit": done.oid,
         "pull_request": done.pr_url,
-        "changed": done.oid != before.sha,
+        "changed": done.oid != head.sha,
         "deleted": outdated,
     }
 
 
-def ensure_repository(api: HfApi, where: dict[str, str], owners: list[str], private: bool, create_pr: bool) -> bool:
-    """Create the repository if there is none, else check that it may be replaced; whether it was created."""
-    repo_id = where["repo_id"]
-    try:
-        found = retried(lambda: api.repo_info(**where))
-    except RepositoryNotFoundError:
-        found = None
-    if found is not None:
-        if private and not found.private:
-            raise PushError(f"{repo_id} exists and is public; make it private in its settings, or leave --private out")
-        model_type = (getattr(found, "config", None) or {}).get("model_type")
-        if model_type not in (None, *MODEL_TYPES) and not create_pr:
-            raise PushError(
-                f"{repo_id} exists and holds a model of type {model_type!r}, which this push would replace; choose "
-                "another name, or propose the change with --create-pr"
-            )
-        return False
-    if create_pr:
-        raise PushError(f"{repo_id} does not exist, so there is nothing to propose a change of; leave --create-pr")
-    if repo_id.split("/")[0] not in owners:
+def refuse_existing(found, private: bool, create_pr: bool) -> None:
+    """Refuse a public repository for a private push, and one with a model that is not of this package."""
+    if private and not found.private:
+        raise PushError(f"{found.id} exists and is public; make it private in its settings, or leave --private out")
+    model_type = (getattr(found, "config", None) or {}).get("model_type")
+    if model_type not in (None, *MODEL_TYPES) and not create_pr:
         raise PushError(
-            f"{owners[0]} cannot make a repository in {repo_id.split('/')[0]}; yours are {', '.join(owners)}"
+            f"{found.id} exists and holds a model of type {model_type!r}, which this push would replace; choose "
+            "another name, or propose the change with --create-pr"
         )
-    sdk = "static" if where["repo_type"] == "space" else None
-    retried(lambda: api.create_repo(**where, private=private, exist_ok=True, space_sdk=sdk))
-    return True
 
 
-def retried(call: Callable[[], Any], lost_answers: bool = True) -> Any:
-    """The result of `call`, retried after 429, 5xx and, with `lost_answers`, a broken connection."""
-    for attempt in range(TRIES):
-        try:
-            return call()
-        except HTTP_ERROR as error:  # uploads raise RuntimeError, after retries by huggingface_hub
-            status = status_of(error)
-            temporary = lost_answers if status is None else status == 429 or status >= 500
-            if not temporary or attempt == TRIES - 1:
-                raise
-            wait = FIRST_WAIT * 2**attempt
-            answer = f"the Hub answered {status}" if status else f"the connection broke ({type(error).__name__})"
-            print(f"{answer}; trying again in {wait:g} s", file=sys.stderr)
-            time.sleep(wait)
-
-
-def status_of(error: BaseException | None) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
-
-
-def explanation(error: BaseException, api: HfApi, repo_id: str, create_pr: bool) -> str:
-    """What went wrong and what to do, in one sentence without a full stop."""
-    cause = error
+def explanation(error: BaseException, endpoint: str, repo_id: str, created: bool, create_pr: bool) -> str:
+    """What went wrong, what is left on the Hub, and what to do."""
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"not logged in; {LOG_IN}"
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set, so the Hub is out of reach; unset it"
+    cause = error  # uploads raise a RuntimeError because of what the Hub answered
     while cause is not None and not isinstance(cause, HTTP_ERROR):
         cause = cause.__cause__ or cause.__context__
-    status = status_of(cause)
-    login = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
-    if isinstance(error, LocalTokenNotFoundError):
-        return f"not logged in; {login}"
-    if isinstance(error, OfflineModeIsEnabled) or constants.is_offline_mode():
-        return "HF_HUB_OFFLINE is set, so the Hub is out of reach; unset it"
-    if status == 401:
-        return f"the Hub does not accept the token; {login}"
-    if status == 403:
-        return (
-            f"the token has no right to write to {repo_id}; use one with write access, or propose the change with "
-            "--create-pr"
-        )
-    if status in (409, 412):
-        return f"{repo_id} was changed by someone else meanwhile ({status}); look at it and push again"
-    if status == 429:
-        return "the Hub takes no more requests for now (429); push again in some minutes"
-    if status is not None:
-        return f"the Hub answered {status} ({str(cause).strip().splitlines()[-1]}); push again later"
-    if cause is not None:
-        sent = create_pr and type(cause).__name__ != "ConnectError"
-        again = f"; look at {api.endpoint}/{repo_id}/discussions before pushing again" if sent else ""
-        return f"no connection to {api.endpoint} ({type(cause).__name__}); check the network, then push again{again}"
-    return str(error).strip()
+    status = getattr(getattr(cause, "response", None), "status_code", None)
+    if cause is None or status in ANSWERS:
+        left = f"{repo_id} was made and is empty" if created else "nothing was changed there"
+        return f"{ANSWERS.get(status, str(error).strip()).replace('REPO', repo_id)}. Nothing was pushed: {left}"
+    what = f"no connection to {endpoint}" if status is None else f"the Hub answered {status}"
+    again = f"look at {endpoint}/{repo_id}/discussions before pushing again" if create_pr else "push again"
+    reason = (str(cause).strip() or type(cause).__name__).splitlines()[-1]
+    return f"{what} ({reason}). The push was made whole or not at all; {again}"
