@@ -19,16 +19,14 @@ with its model card at the end.
 import argparse
 import contextlib
 import dataclasses
-import functools
 import json
+import logging
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
@@ -41,15 +39,15 @@ from scripts.tasks.prepared import Prepared
 from scripts.training.averaging import average_callbacks
 from scripts.training.budget import CLOCKS, SCORING_ENDS, EpochDrops, TimeBudget
 from scripts.training.checkpoints import MarkComplete, newest_complete, replace_folder, restore_callbacks
-from scripts.training.interruptions import (
-    InterruptionCallback,
-    NotFinite,
-    explain_full_disk,
+from scripts.training.interruptions import InterruptionCallback, NotFinite, explain_full_disk, require_writable
+from scripts.training.launch import (
+    attach,
     init_process_group_after_restart,
-    require_writable,
+    make_model,
     restart_count,
+    set_up,
+    whole_model,
 )
-from scripts.training.launch import attach, make_model, set_up, whole_model
 from scripts.training.profiling import ProfileCallback
 from scripts.training.recipe import Recipe, add_overrides, read_recipe
 from scripts.training.trainer import RecipeTrainer, make_trainer, score
@@ -83,13 +81,6 @@ def prepare_output(output_dir: Path, resume: bool) -> Path | None:
     return None
 
 
-def training_arguments(recipe: Recipe, output_dir: Path) -> TrainingArguments:
-    """The recipe's settings; the first metric of the report picks the best checkpoint."""
-    metric = recipe.report.metrics[0]
-    chosen = {"metric_for_best_model": metric, "greater_is_better": metric not in SMALLER_IS_BETTER}
-    return TrainingArguments(output_dir=str(output_dir), **{**chosen, **recipe.training})
-
-
 @dataclasses.dataclass(frozen=True)
 class Run:
     """A training that is ready to begin. `make` makes a new, whole model; `checkpoint` is the one to resume from."""
@@ -117,13 +108,18 @@ def prepare(options: argparse.Namespace) -> Run:
     checkpoint = prepare_output(output_dir, options.resume)
     require_writable(output_dir)
     init_process_group_after_restart(recipe.training.get("ddp_timeout", TrainingArguments.ddp_timeout))
-    args = training_arguments(recipe, output_dir)
+    metric = recipe.report.metrics[0]
+    settings = {"metric_for_best_model": metric, "greater_is_better": metric not in SMALLER_IS_BETTER}
+    args = TrainingArguments(str(output_dir), **{**settings, **recipe.training})
     set_up(args, options.resume, checkpoint)
     averages = average_callbacks(recipe.averaging.decay, args, checkpoint)
     with args.main_process_first(desc="preparing the data"):  # the others find it in the cache
         prepared = recipe.prepare(tokenizer=None, splits=("train", "validation", "test"))
     set_seed(args.seed)
-    make = functools.partial(prepared.auto_class.from_config, recipe.config(**prepared.config_values))
+
+    def make() -> PreTrainedModel:
+        return prepared.auto_class.from_config(recipe.config(**prepared.config_values))
+
     model = make_model(make)
     interruption = InterruptionCallback(prepared.tokenizer)
     callbacks = [EpochDrops(recipe.schedule.drop_every_epochs, recipe.schedule.drop_factor), budget, interruption]
@@ -151,17 +147,13 @@ def train(run: Run) -> None:
         sys.exit(f"error: {error}")
     if run.interruption.signal is not None:
         run.trainer.accelerator.end_training()
-        exit_after_signal(run.interruption.signal, run.trainer.state.global_step, run.output_dir)
-
-
-def exit_after_signal(number: signal.Signals, step: int, output_dir: Path) -> NoReturn:
-    """Exit with 128 and the signal's number, as shells do for a program that a signal ended."""
-    print(
-        f"{number.name}: stopped after step {step}, which is saved in {output_dir / f'checkpoint-{step}'}; go on with "
-        "the same command and --resume",
-        file=sys.stderr,
-    )
-    sys.exit(128 + number)
+        number, step = run.interruption.signal, run.trainer.state.global_step
+        print(
+            f"{number.name}: stopped after step {step}, which is saved in {run.output_dir / f'checkpoint-{step}'}; "
+            "go on with the same command and --resume",
+            file=sys.stderr,
+        )
+        sys.exit(128 + number)  # as shells have it for a program that a signal ended
 
 
 def finish(run: Run, began: float) -> dict | None:
@@ -187,27 +179,22 @@ def finish(run: Run, began: float) -> dict | None:
     return result if model is not None else None
 
 
-def scores_of(run: Run) -> tuple[dict[str, dict[str, float]], dict[str, list[int]]]:
-    """
-    The metrics of the validation and the test split, and of each how many rows were scored and how many there are.
-
-    `budget.total_seconds` may leave no time for all rows. Both splits then get time in proportion to their rows.
-    """
-    metrics, rows_scored = {}, {}
-    rows = {split: len(run.prepared.datasets[split]) for split in ("validation", "test")}
-    for split, share in (("validation", rows["validation"] / sum(rows.values())), ("test", 1.0)):
-        seconds = share * run.budget.left(SCORING_ENDS)
-        names = run.recipe.report.metrics
-        metrics[split], scored = score(run.trainer, run.prepared, split, names, seconds, run.budget.clock)
-        rows_scored[split] = [scored, rows[split]]
-    return metrics, rows_scored
-
-
 def result_of(run: Run) -> dict:
-    """Score the trained model and gather the facts about the run."""
-    trainer = run.trainer
-    seconds = {clock: {"training": round(run.budget.seconds_by(clock), 1)} for clock in CLOCKS}
-    metrics, rows_scored = scores_of(run)
+    """
+    Score the trained model and gather the facts about the run.
+
+    `rows_scored` has, for each split, how many rows were scored and how many there are: `budget.total_seconds` may
+    leave no time for all of them. The splits then get time in proportion to their rows.
+    """
+    trainer, budget = run.trainer, run.budget
+    seconds = {clock: {"training": round(budget.seconds_by(clock), 1)} for clock in CLOCKS}
+    rows = {split: len(run.prepared.datasets[split]) for split in ("validation", "test")}
+    metrics, rows_scored, unscored = {}, {}, sum(rows.values())
+    for split, count in rows.items():
+        time_left = budget.left(SCORING_ENDS) * count / unscored
+        names = run.recipe.report.metrics
+        metrics[split], scored = score(trainer, run.prepared, split, names, time_left, budget.clock)
+        rows_scored[split], unscored = [scored, count], unscored - count
     metrics["test"].update(run.prepared.compare("test"))
     return {
         "recipe": run.recipe.name,
@@ -234,11 +221,6 @@ def save_final(run: Run, model: PreTrainedModel, result: dict, folder: Path) -> 
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    config = run.recipe.config()
-    if hasattr(config, "use_cache"):
-        model.config.use_cache = config.use_cache  # Trainer sets it to False
-    elif hasattr(model.config, "use_cache"):  # or adds it to a config that has none
-        del model.config.use_cache
     model.save_pretrained(partial)
     if run.prepared.tokenizer is not None:
         run.prepared.tokenizer.save_pretrained(partial)
@@ -264,6 +246,8 @@ def main(arguments: list[str] | None = None) -> dict | None:
     """Train; the result on the main process, None on the others."""
     began = time.monotonic()
     options = parse_arguments(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("modeling_rtransformer").setLevel(logging.INFO)  # which implementation of the LocalRNN runs
     try:
         run = prepare(options)
     except (ValueError, OSError) as error:

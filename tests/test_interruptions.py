@@ -108,9 +108,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_the_step(recipe, tmp_path
     message = stopped.value.code
     row = read(tmp_path / "records")[0][6]["input_ids"][0]
     begin = AutoTokenizer.from_pretrained(tmp_path / "run" / "checkpoint-4").decode(row)[:60]
-    known = (
-        f"error: step 7 was not made: the loss is nan on process 0, for the batch that begins with {begin!r}, SHA-256"
-    )
+    known = f"error: step 7 was not made: the loss is nan on process 0, for the batch that begins with {begin!r}. "
     assert message.startswith(known)
     assert f"The last checkpoint is {tmp_path / 'run' / 'checkpoint-4'}; mend the data or lower" in message
     assert checkpoints(tmp_path / "run") == ["checkpoint-4"] and not (tmp_path / "run" / "final").exists()
@@ -154,12 +152,8 @@ def test_weights_that_are_not_finite_are_never_saved(recipe, tmp_path, monkeypat
 def test_rows_with_numbers_that_are_not_finite_are_named():
     values = torch.zeros(4, 5, 2)
     values[2, 3, 1] = float("nan")
-    assert describe_batch({"input_values": values}, None).startswith(
-        "has numbers that are not finite in rows [2] of 4, SHA-256"
-    )
-    assert describe_batch({"input_values": torch.zeros(4, 5, 2)}, None).startswith(
-        "is finite, SHA-256 of its input_values "
-    )
+    assert describe_batch({"input_values": values}, None) == "has numbers that are not finite in rows [2] of 4"
+    assert describe_batch({"input_values": torch.zeros(4, 5, 2)}, None) == "is finite"
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder that not even root may write to")

@@ -47,13 +47,8 @@ class TimeBudget(TrainerCallback, ExportableState):
         self.started: dict[str, float] | None = None
         self.shared_seconds = 0.0  # the first process's clock at the last step
 
-    @property
-    def seconds(self) -> float:
-        """Seconds of training so far by the budget's clock, those before a resume included."""
-        return self.seconds_by(self.clock)
-
     def seconds_by(self, clock: str) -> float:
-        """The same by any clock."""
+        """Seconds of training so far by any clock, those before a resume included."""
         return self.seconds_before[clock] + (CLOCKS[clock]() - self.started[clock] if self.started is not None else 0.0)
 
     def left(self, share: float) -> float:
@@ -63,10 +58,7 @@ class TimeBudget(TrainerCallback, ExportableState):
         return max(0.0, share * self.total_seconds - (CLOCKS[self.clock]() - self.begun))
 
     def state(self) -> dict:
-        return {
-            "args": {"max_seconds": self.max_seconds, "clock": self.clock, "total_seconds": self.total_seconds},
-            "attributes": {"seconds_before": {clock: self.seconds_by(clock) for clock in CLOCKS}},
-        }
+        return {"args": {}, "attributes": {"seconds_before": {clock: self.seconds_by(clock) for clock in CLOCKS}}}
 
     def on_train_begin(self, args, state, control, lr_scheduler=None, **kwargs):
         self.started = {name: now() for name, now in CLOCKS.items()}
@@ -86,7 +78,7 @@ class TimeBudget(TrainerCallback, ExportableState):
     def on_optimizer_step(self, args, state, control, **kwargs):
         if self.limit is None:
             return
-        shared = torch.tensor([self.seconds, self.limit], device=args.device, dtype=torch.float32)
+        shared = torch.tensor([self.seconds_by(self.clock), self.limit], device=args.device, dtype=torch.float32)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.broadcast(shared, src=0)
         self.shared_seconds, self.limit = shared.tolist()
@@ -101,7 +93,7 @@ class TimeBudget(TrainerCallback, ExportableState):
         if self.limit is not None:
             done = max(done, min(1.0, self.shared_seconds / self.limit))
         logs["percent"] = state.log_history[-1]["percent"] = round(100 * done, 2)
-        state.log_history[-1]["seconds"] = round(self.seconds, 2)
+        state.log_history[-1]["seconds"] = round(self.seconds_by(self.clock), 2)
 
 
 class RowsInTime(IterableDataset):

@@ -14,15 +14,12 @@ wait for each other, and it may save between the gradients and the step.
 """
 
 import contextlib
-import hashlib
 import os
 import shutil
 import signal
 import sys
 import tempfile
-import threading
-from collections.abc import Iterator
-from datetime import timedelta
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -64,9 +61,6 @@ class InterruptionCallback(TrainerCallback):
     @contextlib.contextmanager
     def handle_signals(self) -> Iterator[None]:
         """Inside, SIGTERM and SIGINT stop the run after the step; the handlers from before are restored afterwards."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
         before = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             yield
@@ -93,9 +87,13 @@ class InterruptionCallback(TrainerCallback):
         finite = torch.isfinite(losses).all() & torch.isfinite(norm).to(losses.device)
         bad, self._stop_for = maximum(args, (~finite).to(torch.int64), self._received)
         if bad:
-            batches = [describe_batch(inputs, self.tokenizer) for _, inputs in self._batches]
-            processes = gather_object([(args.process_index, losses.tolist(), float(norm), batches)])
-            raise NotFinite(f"step {state.global_step + 1} was not made: {_explain(processes)}. {_how_to_resume(args)}")
+            found = [(f"the loss is {loss.item()}", inputs) for loss, inputs in self._batches if not loss.isfinite()]
+            if not found and not norm.isfinite():
+                found = [(f"the norm of the gradient is {norm.item()}", inputs) for _, inputs in self._batches]
+            where = f"on process {args.process_index}, for the batch that"
+            told = gather_object([f"{what} {where} {describe_batch(inputs, self.tokenizer)}" for what, inputs in found])
+            causes = [text for text in told if text.startswith("the loss")] or told
+            raise NotFinite(f"step {state.global_step + 1} was not made: {'; '.join(causes)}. {_how_to_resume(args)}")
         self._batches.clear()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
@@ -133,31 +131,12 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def describe_batch(inputs: dict, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """What identifies a batch: its first text, or its rows with numbers that are not finite; a hash of its input."""
-    name = "input_ids" if "input_ids" in inputs else next(iter(inputs))
-    values = inputs[name].detach().cpu()
-    known = f"SHA-256 of its {name} {hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]}"
-    if name == "input_ids" and tokenizer is not None:
-        return f"begins with {tokenizer.decode(values[0])[:60]!r}, {known}"
-    bad = (~torch.isfinite(values)).flatten(1).any(dim=1).nonzero().flatten().tolist()
-    return f"has numbers that are not finite in rows {bad} of {len(values)}, {known}" if bad else f"is finite, {known}"
-
-
-def _explain(processes: list[tuple[int, list[float], float, list[str]]]) -> str:
-    """The bad losses with their process and batch or, where all losses are finite, the norms and all batches."""
-    bad_losses = [
-        f"the loss is {loss} on process {rank}, for the batch that {batch}"
-        for rank, losses, _, batches in processes
-        for loss, batch in zip(losses, batches)
-        if not torch.isfinite(torch.tensor(loss))
-    ]
-    if bad_losses:
-        return "; ".join(bad_losses)
-    return "; ".join(
-        f"the norm of the gradient is {norm} on process {rank}, for the batch that {batch}"
-        for rank, _, norm, batches in processes
-        for batch in batches
-    )
+    """The beginning of a batch's first text, or the rows with numbers that are not finite."""
+    if "input_ids" in inputs and tokenizer is not None:
+        return f"begins with {tokenizer.decode(inputs['input_ids'][0])[:60]!r}"
+    values = next(iter(inputs.values()))
+    rows = (~torch.isfinite(values)).flatten(1).any(dim=1).nonzero().flatten().tolist()
+    return f"has numbers that are not finite in rows {rows} of {len(values)}" if rows else "is finite"
 
 
 def _how_to_resume(args: TrainingArguments) -> str:
@@ -166,39 +145,13 @@ def _how_to_resume(args: TrainingArguments) -> str:
     return f"{kept}; mend the data or lower training.learning_rate, then go on with --resume"
 
 
-def restart_count() -> int:
-    """How many times a launcher has restarted this run."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
-
-def init_process_group_after_restart(timeout: float) -> None:
+def delay_signals_in_worker(worker: int, initialise: Callable[[int], None] | None = None) -> None:
     """
-    After a launcher has restarted the processes, connect them under a key prefix of this restart.
-
-    Launchers keep one store over restarts, and torch 2.13 (`_create_c10d_store`) reads it as a new one each time,
-    although it still holds the addresses of the processes that ended.
-
-    Args:
-        timeout: seconds, as `TrainingArguments.ddp_timeout`.
-    """
-    restarts = restart_count()
-    if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
-        return
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
-    dist.init_process_group(
-        store=dist.PrefixStore(f"restart{restarts}", store),
-        rank=int(os.environ["RANK"]),
-        world_size=int(os.environ["WORLD_SIZE"]),
-        timeout=timedelta(seconds=timeout),
-    )
-
-
-def delay_signals_in_worker(worker: int) -> None:
-    """
-    Initialise a data loader's worker so that a signal to the whole group of processes does not end it before its
+    Initialise a data loader's worker, and so that a signal to the whole group of processes does not end it before its
     process has finished the step. The process then ends it; if not, it ends `WORKER_GRACE` seconds after SIGTERM.
     """
+    if initialise is not None:
+        initialise(worker)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(WORKER_GRACE))
 

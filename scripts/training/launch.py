@@ -12,10 +12,13 @@ read here and by accelerate itself:
 | `PARALLELISM_CONFIG_TP_SIZE` above 1 | tensor parallel: a process has some heads and a part of the feed-forward |
 """
 
+import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType, parse_flag_from_env
@@ -31,6 +34,34 @@ def _restore_to_numbered_cpu(storage: torch.UntypedStorage, location: str) -> to
 
 # With several processes on CPUs, Trainer loads an optimizer's state to "cpu:0", which torch.load does not know.
 torch.serialization.register_package(100, lambda storage: None, _restore_to_numbered_cpu)
+
+
+def restart_count() -> int:
+    """How many times a launcher has restarted this run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def init_process_group_after_restart(timeout: float) -> None:
+    """
+    After a launcher has restarted the processes, connect them under a key prefix of this restart.
+
+    Launchers keep one store over restarts, and torch 2.13 (`_create_c10d_store`) reads it as a new one each time,
+    although it still holds the addresses of the processes that ended.
+
+    Args:
+        timeout: seconds, as `TrainingArguments.ddp_timeout`.
+    """
+    restarts = restart_count()
+    if not restarts or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or dist.is_initialized():
+        return
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    dist.init_process_group(
+        store=dist.PrefixStore(f"restart{restarts}", store),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=timedelta(seconds=timeout),
+    )
 
 
 def set_up(args: TrainingArguments, resume: bool, checkpoint: Path | None) -> None:
@@ -124,15 +155,12 @@ def attach(trainer: Trainer) -> None:
 
 def whole_model(trainer: Trainer, make: Callable[[], PreTrainedModel]) -> PreTrainedModel | None:
     """
-    The trained model in one piece on the first process, None on the others; every process must call this. Shards are
-    gathered into a new model from `make`, on the CPU.
+    The trained model in one piece on the first process, None on the others; every process must call this. It is a new
+    model from `make`, on the CPU, whose config is the recipe's: `Trainer` sets its `use_cache` to False.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    first = trainer.is_world_process_zero()
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        return model if first else None
-    weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not first:
+    trained = trainer.accelerator.unwrap_model(trainer.model)
+    weights = get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not trainer.is_world_process_zero():
         return None
     whole = make()
     whole.load_state_dict(weights)

@@ -87,14 +87,8 @@ class RecipeTrainer(Trainer):
 def _delaying_signals(loader: DataLoader) -> DataLoader:
     """The same loader with workers that outlive a signal until the step is finished."""
     base = getattr(loader, "base_dataloader", loader)  # accelerate wraps it
-    base.worker_init_fn = partial(_init_worker, base.worker_init_fn)
+    base.worker_init_fn = partial(delay_signals_in_worker, initialise=base.worker_init_fn)
     return loader
-
-
-def _init_worker(before, worker: int) -> None:
-    delay_signals_in_worker(worker)
-    if before is not None:
-        before(worker)
 
 
 def make_trainer(model: PreTrainedModel, args: TrainingArguments, prepared: Prepared, **options) -> RecipeTrainer:
