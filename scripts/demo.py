@@ -5,8 +5,9 @@ Train a language model for some minutes, score it beside others, and show text t
     python -m scripts.demo stdlib-code --seconds 60 --output-dir runs/short
 
 Training takes `--seconds`, the whole at most 1.5 times as long on any machine, start-up, scoring and generation
-included. It runs on one thread where that is faster at the start than all. If there is no time to score all rows of the test split, an evenly spread part of them is scored, and its size
-is printed. The same command resumes an interrupted demo.
+included. It runs on one thread where that is faster at the start than on all. If there is no time to score all rows of
+the test split, an evenly spread part of them is scored, and its size is printed. The same command resumes an
+interrupted demo.
 """
 
 import argparse

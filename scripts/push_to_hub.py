@@ -4,22 +4,16 @@ Push a trained model to the Hugging Face Hub, with its code, card and results.
     python -m scripts.push_to_hub runs/stdlib-code/final someone/stdlib-code --dry-run look/
     python -m scripts.push_to_hub runs/stdlib-code/final someone/stdlib-code --private
     python -m scripts.push_to_hub runs/stdlib-code/final someone/stdlib-code --create-pr --message "Trained for longer"
-    python -m scripts.push_to_hub scripts/metrics/bits_per_character someone/bits_per_character
 
 CHECKPOINT is the final/ of a run or any saved model of this package. The push is one commit with the weights as saved,
 the package's code, the tokenizer, the recipe, the results and the card (hub_card.md filled in). --dry-run writes these
 files into a folder and sends nothing. Log in first (`hf auth login`, or HF_TOKEN).
-
-A folder of scripts/metrics/ is pushed to a Space, where `evaluate.load("someone/bits_per_character")` looks for it. Its
-name on the Hub must be the name of the folder.
 
 The last line of stdout is one JSON object with the repository, the commit and the files.
 """
 
 import argparse
 import json
-import os
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -38,7 +32,7 @@ REPLACED = (*(pattern for pattern in HUB_FILES if pattern != "README.md"), *PICK
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path, help="the folder of a saved model, or of a metric")
+    parser.add_argument("checkpoint", type=Path, help="the folder of a saved model")
     parser.add_argument("repo_id", help="name on the Hub, with or without the owner before it")
     parser.add_argument("--dry-run", type=Path, metavar="FOLDER", help="write the files there and push nothing")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
@@ -47,16 +41,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--message", default="Upload the model with its code, card and results")
     parser.add_argument("--license", default="apache-2.0", help="of the code and the weights, as the Hub spells it")
     return parser.parse_args(arguments)
-
-
-def write_metric(metric: Path, folder: Path, repo_id: str, license: str) -> list[str]:
-    """Copy the files of a metric's Space, which are those of its folder."""
-    if repo_id.split("/")[-1] != metric.name:
-        raise ValueError(
-            f"REPO_ID of a metric must end in its name, /{metric.name}, where evaluate looks for it, got {repo_id}"
-        )
-    shutil.copytree(metric, folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
-    return sorted(os.listdir(folder))
 
 
 def push(
@@ -69,22 +53,19 @@ def push(
     **options,
 ) -> dict:
     """
-    Write the folder of a model or a metric and push it; `options` as in [`scripts.sharing.upload.upload_folder`].
+    Write the folder of a model and push it; `options` as in [`scripts.sharing.upload.upload_folder`].
 
     Raises:
         ValueError, OSError: the checkpoint cannot be pushed as it is.
         PushError: the push failed.
     """
     validate_repo_id(repo_id)
-    is_metric = (checkpoint / f"{checkpoint.resolve().name}.py").is_file() and not (checkpoint / "config.json").exists()
-    write = write_metric if is_metric else write_folder
     with tempfile.TemporaryDirectory() as temporary:
         folder = dry_run or Path(temporary)
-        names = write(checkpoint.resolve(), folder, repo_id, license)
+        names = write_folder(checkpoint.resolve(), folder, repo_id, license)
         if dry_run is not None:
             return {"repo_id": repo_id, "folder": str(folder), "files": names}
-        kind = {"repo_type": "space"} if is_metric else {"replaces": REPLACED}
-        return {**upload_folder(folder, repo_id, **kind, **options, api=api), "files": names}
+        return {**upload_folder(folder, repo_id, replaces=REPLACED, **options, api=api), "files": names}
 
 
 def main(arguments: list[str] | None = None) -> dict:

@@ -3,6 +3,9 @@
 import json
 import os
 import re
+import shlex
+import subprocess
+import sys
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -24,6 +27,7 @@ from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
 
 
 PACKAGE = Path(modeling_rtransformer.__file__).parent
+ROOT = PACKAGE.parent
 
 
 @pytest.fixture(scope="module")
@@ -390,14 +394,25 @@ def test_the_callback_keeps_to_the_list(tmp_path):
 
 
 @pytest.mark.parametrize("name", SHARED)
-def test_a_metric_goes_to_a_space(hub, name):
-    folder = Path(push_to_hub.__file__).parent / "metrics" / name
-    result = run(folder, f"someone/{name}")
+def test_a_metric_goes_to_a_space_with_the_documented_commands(hub, name):
+    commands = [line for line in (ROOT / "docs" / "SHARING.md").read_text().splitlines() if line.startswith("    hf ")]
+    for command in commands[1:]:  # the first one logs in
+        arguments = shlex.split(command.replace("bits_per_character", name))[1:]
+        environment = {
+            **os.environ,
+            "HF_ENDPOINT": hub.url,
+            "HF_TOKEN": WRITE_TOKEN,
+            "HF_HUB_OFFLINE": "0",
+            "HF_HUB_DISABLE_XET": "1",
+        }
+        command = [sys.executable, "-m", "huggingface_hub.cli.hf", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
     files = hub.files(f"someone/{name}", repo_type="space")
-    assert files[f"{name}.py"] == (folder / f"{name}.py").read_bytes()
-    assert result["url"] == f"{hub.url}/spaces/someone/{name}" and b"sdk: static" in files["README.md"]
-    with pytest.raises(SystemExit, match=f"must end in its name, /{name}, where evaluate looks for it"):
-        run(folder, "someone/another-name")
+    assert files[f"{name}.py"] == (ROOT / "scripts" / "metrics" / name / f"{name}.py").read_bytes()
+    assert files.keys() == {f"{name}.py", "README.md", ".gitattributes"}
+    data = ModelCard(files["README.md"].decode()).data
+    assert data.title == name and data.sdk == "static" and "metric" in data.tags
 
 
 def test_the_library_function_raises_what_the_script_prints(hub, checkpoint):

@@ -4,7 +4,7 @@ Metrics by name, each a function that returns a number.
 `METRIC_FUNCTIONS` has scikit-learn's accuracy and macro-averaged F1, the mean of summed errors over all forecasts (MSE
 and MAE), and the functions of the `evaluate` modules in the folders beside this file. They are called directly: loading
 a module by `evaluate.load` writes to the home folder. `evaluate.load("scripts/metrics/perplexity")` works from a
-checkout without the network, and `scripts/push_to_hub.py` shares such a module.
+checkout without the network; docs/SHARING.md says how to share such a module.
 """
 
 import operator

@@ -42,7 +42,6 @@ def upload_folder(
     folder: Path,
     repo_id: str,
     *,
-    repo_type: str = "model",
     replaces: Sequence[str] = (),
     private: bool = False,
     revision: str | None = None,
@@ -75,20 +74,18 @@ def upload_folder(
     try:
         user = api.whoami()["name"]
         repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-        where = {"repo_id": repo_id, "repo_type": repo_type}
-        if not create_pr and not api.repo_exists(**where):
-            sdk = "static" if repo_type == "space" else None  # it runs nothing
-            api.create_repo(**where, private=private, exist_ok=True, space_sdk=sdk)
+        if not create_pr and not api.repo_exists(repo_id):
+            api.create_repo(repo_id, private=private, exist_ok=True)
             created = True
-        refuse_existing(api.repo_info(**where), private, create_pr)
+        refuse_existing(api.repo_info(repo_id), private, create_pr)
         if revision not in (None, "main"):
-            api.create_branch(**where, branch=revision, exist_ok=True)
-        where["revision"] = revision or "main"
-        head = api.repo_info(**where)
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        head = api.repo_info(repo_id, revision=revision or "main")
         absent = sorted({file.rfilename for file in head.siblings} - files.keys())
         outdated = [name for name in absent if any(fnmatch.fnmatch(name, pattern) for pattern in replaces)]
         done = api.create_commit(
-            **where,
+            repo_id,
+            revision=revision or "main",
             operations=[
                 *(CommitOperationAdd(name, str(path)) for name, path in files.items()),
                 *map(CommitOperationDelete, outdated),
@@ -101,7 +98,7 @@ def upload_folder(
         raise PushError(explanation(error, api.endpoint, repo_id, created, create_pr)) from error
     return {
         "repo_id": repo_id,
-        "url": f"{api.endpoint}/{'' if repo_type == 'model' else repo_type + 's/'}{repo_id}",
+        "url": f"{api.endpoint}/{repo_id}",
         "commit": done.oid,
         "pull_request": done.pr_url,
         "changed": done.oid != head.sha,
