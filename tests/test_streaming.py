@@ -258,6 +258,8 @@ def test_an_interrupted_stream_is_trained_on_as_an_uninterrupted_one(recipe, tmp
 def test_another_number_of_processes_or_workers_is_refused(paths, tokenizer, recipe, tmp_path):
     with pytest.raises(StreamError, match="written with 1 workers .* now there are 2; .*dataloader_num_workers"):
         loader(paths, tokenizer, workers=2).load_state_dict(loader(paths, tokenizer).state_dict())
+    with pytest.raises(StreamError, match="a stream of an older version cannot be resumed; begin a new run"):
+        loader(paths, tokenizer).load_state_dict({"epoch": 0, "batches": 0, "workers": [None], "next_worker": 0})
     arguments = [str(recipe), "--output-dir", str(tmp_path), "--set", "training.max_steps=4"]
     train.main(arguments)
     state = tmp_path / "checkpoint-4" / "trainer_state.json"

@@ -136,7 +136,7 @@ class StreamLoader:
     ) -> None:
         self.stream, self.collator, self.everywhere = stream, collator, everywhere
         self.stream.turn = batch_size
-        self.epoch = self.batches = self.next_worker = 0
+        self.epoch = self.yielded = self.next_worker = 0
         self.workers: list[dict | None] = [None] * max(1, options.get("num_workers", 0))
         self.ended = False  # no training step is left
         # A separate generator: the workers' seeds must not advance the one that a checkpoint restores.
@@ -153,21 +153,23 @@ class StreamLoader:
             self.stream.epoch, self.stream.begin_at, self.stream.begin_with = self.epoch, self.workers, self.next_worker
             loaded = (item for item in DataLoader(self.stream, **self.options) if item[0] is not None)
             while not self.everywhere((item := next(loaded, None)) is None):
-                self.batches += 1
+                self.yielded += 1
                 if item is not None:
                     batch, state, worker = item
                     self.workers[worker], self.next_worker = state, (worker + 1) % len(self.workers)
                 yield self.stream.blank() if item is None else batch
-            if not self.batches:
+            if not self.yielded:
                 raise StreamError("the train split of `data` gives no row; name files that hold more text")
             self.epoch, self.workers, self.next_worker = self.epoch + 1, [None] * len(self.workers), 0
 
     def state_dict(self) -> dict[str, Any]:
         """The state of the stream after the last batch, made of numbers, lists and dicts only."""
-        return copy.deepcopy({name: getattr(self, name) for name in ("epoch", "batches", "workers", "next_worker")})
+        return copy.deepcopy({name: getattr(self, name) for name in ("epoch", "yielded", "workers", "next_worker")})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resume after the last batch of another loader with the same number of workers."""
+        if "yielded" not in state:
+            raise StreamError("a stream of an older version cannot be resumed; begin a new run in another --output-dir")
         if len(state["workers"]) != len(self.workers):
             raise StreamError(
                 f"the checkpoint was written with {len(state['workers'])} workers reading the stream, now there are "
