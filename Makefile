@@ -41,7 +41,7 @@ reproduce-cpu:  ## make the CPU runs of docs/RESULTS.md anew, or those of ONLY=t
 reproduce-gpu:  ## the same of the runs for a GPU
 reproduce-cpu reproduce-gpu: reproduce-%: install
 	$(VENV)/bin/pip install --quiet --editable '.[train,baselines]'
-	$(RUN) -m scripts.report --run $* --runs runs/$@ --results runs/$@/results --output runs/$@/RESULTS.md \
+	$(RUN) -m scripts.report --run $* --runs runs/$@ --output-dir runs/$@ \
 	  $(if $(ONLY),--only $(ONLY))
 
 test: install-test  ## run the tests; slow ones with PYTEST_ARGS="-m slow"

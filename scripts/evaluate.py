@@ -18,7 +18,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, TrainingArguments
 
-from scripts.results.provenance import commit, machine, versions
+from scripts.results.provenance import provenance
 from scripts.training.checkpoints import load_model
 from scripts.training.recipe import add_overrides, read_recipe
 from scripts.training.trainer import make_trainer, score
@@ -56,9 +56,7 @@ def main(arguments: list[str] | None = None) -> dict:
         "metrics": metrics | prepared.compare(options.split),
         "overrides": options.overrides,
         "parameters": model.num_parameters(),
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
+        **provenance(),
     }
 
 

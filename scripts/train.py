@@ -33,7 +33,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArgumen
 from scripts.data.streaming import StreamedWindows, StreamError, StreamState
 from scripts.push_to_hub import push
 from scripts.results.plots import curve, plot_curve
-from scripts.results.provenance import commit, machine, versions
+from scripts.results.provenance import provenance
 from scripts.sharing.upload import PushError
 from scripts.tasks.prepared import Prepared
 from scripts.training.averaging import average_callbacks
@@ -210,9 +210,7 @@ def result_of(run: Run) -> dict:
         "processor_seconds": seconds["processor"],
         "seed": trainer.args.seed,
         "processes": trainer.args.world_size,
-        "machine": machine(),
-        "versions": versions(),
-        "commit": commit(),
+        **provenance(),
     }
 
 

@@ -15,8 +15,13 @@ from transformers import (
 import scripts.baselines  # noqa: F401  registers them
 from modeling_rtransformer import RTransformerForCausalLM
 from scripts import evaluate, train
-from scripts.results import parameter_matching
-from scripts.results.parameter_matching import match, match_all, nearest_width, read_baselines
+from scripts.results.parameter_matching import (
+    baseline_overrides,
+    count_parameters,
+    match,
+    nearest_width,
+    read_baselines,
+)
 from scripts.training.recipe import CONFIGURATION, read_recipe
 from tests.conftest import tiny_config
 from tests.tiny_recipe import CLASSIFICATION, LANGUAGE_MODELING, write_recipe, write_table, write_text
@@ -224,31 +229,24 @@ class TestEqualParameters:
         )
         return folder
 
-    def test_each_baseline_gets_the_parameters_of_the_recipe(self, recipe, tmp_path):
-        table = parameter_matching.main([str(recipe)])
-        assert list(table) == ["recipe", "transformer", "gru"]
-        target = table["recipe"]["parameters"]
-        for name, entry in table.items():
-            assert entry["parameters"] == pytest.approx(target, rel=0.02)
-            arguments = [part for override in entry["overrides"] for part in ("--set", override)]
-            arguments += ["--set", "training.max_steps=1", "--output-dir", str(tmp_path / name)]
-            assert train.main([str(recipe), *arguments])["parameters"] == entry["parameters"]
+    @pytest.mark.parametrize("name", ["transformer", "gru"])
+    def test_each_baseline_gets_the_parameters_of_the_recipe(self, recipe, name, tmp_path):
+        def train_once(overrides):
+            arguments = [part for override in (*overrides, "training.max_steps=1") for part in ("--set", override)]
+            return train.main([str(recipe), *arguments, "--output-dir", str(tmp_path / f"run-{len(overrides)}")])
+
+        shared = ("model.hidden_size=60", "task.window=25")
+        own, found = train_once(shared), train_once(baseline_overrides(recipe, name, shared))
+        assert found["parameters"] == pytest.approx(own["parameters"], rel=0.02)
+        assert "task.window=25" in found["overrides"]
 
     def test_a_small_model_may_miss_by_half_a_unit_of_its_width(self, recipe):
         prepared = read_recipe(recipe).prepare(None, ("train",))
         overrides = read_baselines(recipe)["gru"]
-        counts = [
-            parameter_matching.count_parameters(read_recipe(recipe, overrides), prepared, hidden_size=width)
-            for width in (4, 5)
-        ]
+        counts = [count_parameters(read_recipe(recipe, overrides), prepared, hidden_size=width) for width in (4, 5)]
         target = counts[0] + (counts[1] - counts[0]) // 3
         assert (target - counts[0]) / target > 0.02
-        assert match(recipe, overrides, target, prepared) == ((*overrides, "model.hidden_size=4"), counts[0])
-
-    def test_overrides_of_the_recipe_hold_for_its_baselines(self, recipe):
-        table = match_all(recipe, ("model.hidden_size=60", "task.window=25"))
-        assert all("task.window=25" in entry["overrides"] for entry in table.values())
-        assert table["gru"]["parameters"] == pytest.approx(table["recipe"]["parameters"], rel=0.02)
+        assert match(recipe, overrides, target, prepared) == [*overrides, "model.hidden_size=4"]
 
     def test_parameters_that_no_width_gives_are_refused(self, recipe):
         prepared = read_recipe(recipe).prepare(None, ("train",))
@@ -263,8 +261,12 @@ class TestEqualParameters:
 
     def test_a_recipe_without_baselines_says_so(self, recipe):
         (recipe / "baselines.toml").unlink()
-        with pytest.raises(SystemExit, match="has no baselines.toml"):
-            parameter_matching.main([str(recipe)])
+        with pytest.raises(FileNotFoundError, match="has no baselines.toml"):
+            read_baselines(recipe)
+
+    def test_a_baseline_that_a_recipe_does_not_have_is_refused(self, recipe):
+        with pytest.raises(ValueError, match="has no baseline 'gro'; did you mean `gru`"):
+            baseline_overrides(recipe, "gro")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGURATION.glob("*/baselines.toml")), ids=lambda path: path.parent.name)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from scripts import report
+from scripts.results.parameter_matching import read_baselines
 from scripts.results.tables import cell, read_tables
 from scripts.training.recipe import read_recipe
 from tests.tiny_recipe import LANGUAGE_MODELING, write_recipe, write_text
@@ -17,6 +18,7 @@ about = "Nothing much."
 suite = "test"
 recipe = {recipe}
 metrics = ["bits_per_character"]
+seeds = [1, 2]
 set = ["training.max_steps=2", "training.eval_steps=1", "training.save_steps=1"]
 
 [tiny.columns]
@@ -27,7 +29,7 @@ set = ["training.max_steps=2", "training.eval_steps=1", "training.save_steps=1"]
 "theirs" = [1.5, 1.25]
 
 [tiny.rows]
-"RSA" = {{set = ["model.num_local_rnns=0"], columns = {{"long" = ["model.rem_gate=head"]}}, seeds = [1, 2]}}
+"RSA" = {{set = ["model.num_local_rnns=0"], columns = {{"long" = ["model.rem_gate=head"]}}}}
 "GRU" = {{baseline = "gru"}}
 """
 BASELINES = """
@@ -66,10 +68,12 @@ def test_a_table_is_every_row_column_and_seed(tables):
         "tiny/gru/long/seed-1",
         "tiny/rsa/short/seed-2",
         "tiny/rsa/long/seed-2",
+        "tiny/gru/short/seed-2",
+        "tiny/gru/long/seed-2",
     ]
-    assert runs[-1].shared[-2:] == ("task.window=33", "training.seed=2")
-    assert runs[-1].own == ("model.num_local_rnns=0", "model.rem_gate=head")
-    assert runs[-2].own == ("model.num_local_rnns=0",)
+    assert runs[5].shared[-2:] == ("task.window=33", "training.seed=2")
+    assert runs[5].own == ("model.num_local_rnns=0", "model.rem_gate=head")
+    assert runs[4].own == ("model.num_local_rnns=0",)
 
 
 def test_a_row_changes_a_baseline_too(tables):
@@ -144,9 +148,8 @@ def test_a_table_that_is_not_as_it_must_be_is_refused(tables, old, new, message)
 
 def test_runs_are_made_once_and_kept_with_curve_and_gates(tables, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "read_tables", lambda: read_tables(tables))
-    arguments = ["--run", "test", "--only", "tiny/rsa/short/seed-1", "tiny/gru/short"]
-    arguments += ["--results", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
-    arguments += ["--output", str(tmp_path / "RESULTS.md")]
+    arguments = ["--run", "test", "--only", "tiny/rsa/short/seed-1", "tiny/gru/short/seed-1"]
+    arguments += ["--runs", str(tmp_path / "runs"), "--output-dir", str(tmp_path)]
     report.main(arguments)
     found = report.read_results(tmp_path / "results")
     assert list(found) == ["tiny/rsa/short/seed-1", "tiny/gru/short/seed-1"]
@@ -167,16 +170,16 @@ def test_runs_are_made_once_and_kept_with_curve_and_gates(tables, tmp_path, monk
 
 def test_what_cannot_be_run_is_said(tables, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "read_tables", lambda: read_tables(tables))
-    with pytest.raises(SystemExit, match="--run names the suite 'gpu'; there are test"):
+    with pytest.raises(SystemExit, match="--run names the suite 'gpu'; known are test"):
         report.main(["--run", "gpu"])
 
 
 def test_the_tables_of_the_repository_name_what_there_is():
     for table in read_tables().values():
         for row in table.rows.values():
-            recipe = report.read_recipe(row.recipe, (*table.set, *row.set))
+            recipe = read_recipe(row.recipe, (*table.set, *row.set))
             assert set(table.metrics) <= set(recipe.report.metrics)
-            assert row.baseline is None or row.baseline in report.read_baselines(row.recipe)
+            assert row.baseline is None or row.baseline in read_baselines(row.recipe)
 
 
 def test_the_recipe_of_the_demo_is_the_first_row_of_its_table_and_every_document_has_its_figure():

@@ -15,13 +15,22 @@ import modeling_rtransformer
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+def provenance() -> dict[str, Any]:
+    """The kind of machine without its name, the versions and the commit that a result depends on."""
     return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "modeling_rtransformer": modeling_rtransformer.__version__,
+        "machine": {
+            "platform": f"{platform.system()} {platform.machine()}",
+            "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "modeling_rtransformer": modeling_rtransformer.__version__,
+        },
+        "commit": commit(),
     }
 
 
@@ -36,13 +45,3 @@ def commit() -> str | None:
 
 def _git(*arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def machine() -> dict[str, Any]:
-    """The kind of machine, without its name."""
-    return {
-        "platform": f"{platform.system()} {platform.machine()}",
-        "processors": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }

@@ -1,0 +1,19 @@
+"""Results as JSON lines: one object a line, added as soon as it is known, so that an interrupted command can resume."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scripts.training.recipe import parse_file
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file; a ValueError that names the file if a line is damaged."""
+    return parse_file(path, lambda text: [json.loads(line) for line in text.splitlines()])
+
+
+def append_line(path: Path, content: dict[str, Any]) -> None:
+    """Add a line to the file, which is made if there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
