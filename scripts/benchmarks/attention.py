@@ -1,12 +1,13 @@
 """RSA against the dense REM and softmax, and against fused attention alone, by sequence length."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from torch.nn import functional as F
 
 from modeling_rtransformer.recurrence_encoding import RecurrenceEncoding
-from scripts.benchmarks.measuring import Case
+from scripts.benchmarks.measuring import Case, backward
 
 
 HEADS, HEAD_DIM = 8, 64
@@ -20,15 +21,15 @@ def recurrence_encoding(device: torch.device) -> RecurrenceEncoding:
     return recurrence.to(device)
 
 
-def attend(query, key, value):
+def attention(recurrence, query, key, value):
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
 
 
-def attend_with_rsa(recurrence, query, key, value):
-    return recurrence(attend(query, key, value), value)
+def rsa(recurrence, query, key, value):
+    return recurrence(attention(recurrence, query, key, value), value)
 
 
-def attend_dense(recurrence, query, key, value):
+def dense(recurrence, query, key, value):
     """The definition of RSA: the softmax and every REM as dense matrices."""
     length = query.shape[2]
     hidden = torch.ones(length, length, dtype=torch.bool, device=query.device).triu(1)
@@ -36,46 +37,35 @@ def attend_dense(recurrence, query, key, value):
     return (recurrence.mixing_matrix(scores.softmax(-1)) @ value).transpose(1, 2)
 
 
-def run(function, wanted, grad):
-    torch.autograd.grad(function(), wanted, grad)
-
-
-def build(kinds, lengths, device, small):
-    """Forward and backward passes of two of `"rsa"`, `"attention"` and `"dense"`, each with its length."""
-    functions = []
-    for kind, length in zip(kinds, lengths):
+def build(functions, lengths, device, small):
+    """Forward and backward passes of two of the functions above, each with its length."""
+    built = []
+    for function, length in zip(functions, lengths):
         length = 70 if small else length
         torch.manual_seed(0)
         tensors = [torch.randn(1, HEADS, length, HEAD_DIM, device=device, requires_grad=True) for _ in range(3)]
         grad = torch.randn(1, length, HEADS, HEAD_DIM, device=device)
         recurrence = recurrence_encoding(device)
-        parameters = [] if kind == "attention" else list(recurrence.parameters())
-        function = {
-            "attention": partial(attend, *tensors),
-            "rsa": partial(attend_with_rsa, recurrence, *tensors),
-            "dense": partial(attend_dense, recurrence, *tensors),
-        }[kind]
-        functions.append(partial(run, function, tensors + parameters, grad))
-    return tuple(functions)
+        wanted = tensors if function is attention else [*tensors, *recurrence.parameters()]
+        built.append(partial(backward, partial(function, recurrence, *tensors), wanted, grad))
+    return tuple(built)
 
 
-def cases(device_type: str) -> list[Case]:
+def case(length, against, function, quantity, target=None, other_length=None) -> Case:
+    """RSA at `length` against another function, at the same or another length."""
+    functions = partial(build, (rsa, function), (length, other_length or length))
+    return Case(f"RSA B1 H8 d64 L{length}, forward and backward", against, functions, quantity, target)
+
+
+def cases(device_type: str) -> Iterator[Case]:
     on_gpu = device_type == "cuda"
-    label = "RSA B1 H8 d64 L{}, forward and backward"
-    found = []
     for length in (1024, 2048, 4096):
         target = (5 if on_gpu else 10) if length == 4096 else None
-        against_dense = partial(build, ("rsa", "dense"), (length, length))
-        name, sizes = label.format(length), {"L": length}
-        found.append(Case(name, "dense REM and softmax", against_dense, target=target, sizes=sizes))
-        found.append(Case(name, "dense REM and softmax", against_dense, quantity="memory", sizes=sizes))
+        yield case(length, "dense REM and softmax", dense, "speed-up", target)
+        yield case(length, "dense REM and softmax", dense, "memory")
     for length in (1024, 2048, 4096, 8192, 16384, *((32768, 65536) if on_gpu else ())):
         target = 1.15 if on_gpu or length >= 4096 else 1.3
-        alone = partial(build, ("rsa", "attention"), (length, length))
-        name, sizes = label.format(length), {"L": length}
-        found.append(Case(name, "fused attention alone", alone, "time", target, tokens=length, sizes=sizes))
-        found.append(Case(name, "fused attention alone", alone, "memory", sizes=sizes))
-    found.append(
-        Case(label.format(16384), "the same at L4096", partial(build, ("rsa", "rsa"), (16384, 4096)), "memory", 4.4)
-    )  # four times the length needs four times the memory, and a little for tables
-    return found
+        yield case(length, "fused attention alone", attention, "time", target)
+        yield case(length, "fused attention alone", attention, "memory")
+    # four times the length needs four times the memory, and a little for tables
+    yield case(16384, "the same at L4096", rsa, "memory", 4.4, other_length=4096)

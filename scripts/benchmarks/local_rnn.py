@@ -2,6 +2,7 @@
 
 # B batch, L length, D hidden size, K window, G gates
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -9,10 +10,9 @@ from torch import nn
 
 from modeling_rtransformer.local_rnn import LocalRNN
 from modeling_rtransformer.local_rnn_steps import NUM_GATES, local_rnn_reference
-from scripts.benchmarks.measuring import Case
+from scripts.benchmarks.measuring import Case, backward
 
 
-TORCH_RNNS = {"gru": nn.GRU, "lstm": nn.LSTM, "rnn": nn.RNN}
 # kind, B, L, D, K; target speed-ups of training on a CPU and on a GPU
 SHAPES = [
     ("gru", 16, 400, 512, 7, 2.5, 3),
@@ -29,7 +29,8 @@ class UnfoldedLocalRNN(nn.Module):
         super().__init__()
         size = local_rnn.hidden_size
         self.window = local_rnn.window
-        self.rnn = TORCH_RNNS[local_rnn.rnn_type](size, size, batch_first=True).to(local_rnn.input_proj.weight)
+        torch_rnn = getattr(nn, local_rnn.rnn_type.upper())  # nn.GRU, nn.LSTM or nn.RNN
+        self.rnn = torch_rnn(size, size, batch_first=True).to(local_rnn.input_proj.weight)
         with torch.no_grad():
             for name, projection in (("ih_l0", local_rnn.input_proj), ("hh_l0", local_rnn.recurrent_proj)):
                 getattr(self.rnn, f"weight_{name}").copy_(projection.weight)
@@ -39,26 +40,18 @@ class UnfoldedLocalRNN(nn.Module):
         return local_rnn_reference(inputs, self.rnn, self.window, segment_ids)
 
 
-def forward_and_backward(module: nn.Module, inputs: torch.Tensor, grad: torch.Tensor) -> None:
-    torch.autograd.grad(module(inputs), [inputs, *module.parameters()], grad)
-
-
-def forward(module: nn.Module, inputs: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return module(inputs)
-
-
 def build(kind, batch, length, size, window, training, device, small):
+    """Inference, or the forward and backward pass, of a LocalRNN and of its definition."""
     if small:
         batch, length, size = 2, 20, 8
     torch.manual_seed(0)
     local_rnn = LocalRNN(size, window, kind).to(device)
-    modules = local_rnn, UnfoldedLocalRNN(local_rnn).to(device)
+    modules = local_rnn, UnfoldedLocalRNN(local_rnn)
     inputs = torch.randn(batch, window - 1 + length, size, device=device, requires_grad=training)
     if not training:
-        return tuple(partial(forward, module, inputs) for module in modules)
+        return tuple(torch.no_grad()(partial(module, inputs)) for module in modules)
     grad = torch.randn(batch, length, size, device=device)
-    return tuple(partial(forward_and_backward, module, inputs, grad) for module in modules)
+    return tuple(partial(backward, partial(m, inputs), [inputs, *m.parameters()], grad) for m in modules)
 
 
 def build_products(kind, batch, length, size, window, device, small):
@@ -75,35 +68,15 @@ def build_products(kind, batch, length, size, window, device, small):
     return ours, products
 
 
-def cases(device_type: str) -> list[Case]:
-    found = []
+def cases(device_type: str) -> Iterator[Case]:
     on_gpu = device_type == "cuda"
-    for kind, batch, length, size, window, on_cpu_target, on_gpu_target in SHAPES:
-        sizes = {"B": batch, "L": length, "D": size, "K": window}
-        shape = " ".join(f"{letter}{number}" for letter, number in sizes.items())
-        label = f"LocalRNN {kind} {shape}"
-        rows, width = batch * length, NUM_GATES[kind] * size
-        forward_flops = 2 * rows * size * width * window  # one input product and K - 1 recurrent ones
-        forward_bytes = 4 * rows * (2 * size + 2 * width)  # inputs and outputs; the projection is written and read
-        for training in (True, False):
-            target = (on_gpu_target if on_gpu else on_cpu_target) if training else (5 if on_gpu else 2)
-            found.append(
-                Case(
-                    f"{label}, {'forward and backward' if training else 'inference'}",
-                    "unfolded windows",
-                    partial(build, kind, batch, length, size, window, training),
-                    target=target,
-                    flops=forward_flops * (3 if training else 1),
-                    bytes=forward_bytes * (3 if training else 1),
-                    tokens=rows,
-                    sizes=sizes,
-                )
-            )
-        arguments = kind, batch, length, size, window
-        memory = partial(build, *arguments, True)
-        memory_target = 1 / 3 if (kind, size) == ("gru", 512) else None
-        found.append(Case(label, "unfolded windows", memory, quantity="memory", target=memory_target))
+    for *shape, on_cpu_target, on_gpu_target in SHAPES:
+        kind, batch, length, size, window = shape
+        name = f"LocalRNN {kind} B{batch} L{length} D{size} K{window}"
+        training, inference = partial(build, *shape, True), partial(build, *shape, False)
+        target = on_gpu_target if on_gpu else on_cpu_target
+        yield Case(f"{name}, forward and backward", "unfolded windows", training, target=target)
+        yield Case(f"{name}, inference", "unfolded windows", inference, target=5 if on_gpu else 2)
+        yield Case(name, "unfolded windows", training, "memory", 1 / 3 if size == 512 else None)
         target = (1.6 if on_gpu else 1.4) if size == 512 else None
-        products = partial(build_products, *arguments)
-        found.append(Case(label, "its matrix products alone", products, quantity="time", target=target))
-    return found
+        yield Case(name, "its matrix products alone", partial(build_products, *shape), "time", target)
