@@ -12,6 +12,7 @@ Source: the code published with Wang et al. 2019 (arXiv 1907.05572).
 
 import pickle
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -34,19 +35,25 @@ TASKS = {
 }
 # The original code creates these parameters and never uses them in a forward pass.
 UNUSED = re.compile(r"rt\.norm\.|rt\.feed_forward\.|rt\.forward_net\.\d+\.layers\.\d+\.local_rnn\.output\.")
-BLOCK_NAMES = (
-    (r"layers\.(\d+)\.connection\.norm", r"local_rnn_norms.\1"),
-    (r"layers\.(\d+)\.local_rnn\.rnn\.(weight|bias)_ih_l0", r"local_rnns.\1.rnn.input_proj.\2"),
-    (r"layers\.(\d+)\.local_rnn\.rnn\.(weight|bias)_hh_l0", r"local_rnns.\1.rnn.recurrent_proj.\2"),
-    (r"connections\.0\.norm", "self_attn_norm"),
-    (r"connections\.1\.norm", "mlp_norm"),
-    (r"pooling\.linears\.0", "self_attn.q_proj"),
-    (r"pooling\.linears\.1", "self_attn.k_proj"),
-    (r"pooling\.linears\.2", "self_attn.v_proj"),
-    (r"pooling\.linears\.3", "self_attn.o_proj"),
-    (r"feed_forward\.w_1", "mlp.up_proj"),
-    (r"feed_forward\.w_2", "mlp.down_proj"),
-)
+# Patterns of the original names and what takes their place, one after the other.
+NAMES = {
+    r"^rt\.forward_net\.": r"model.layers.",
+    r"\.layers\.(\d+)\.connection\.norm\.": r".local_rnn_norms.\1.",
+    r"\.layers\.(\d+)\.local_rnn\.rnn\.(weight|bias)_ih_l0$": r".local_rnns.\1.rnn.input_proj.\2",
+    r"\.layers\.(\d+)\.local_rnn\.rnn\.(weight|bias)_hh_l0$": r".local_rnns.\1.rnn.recurrent_proj.\2",
+    r"\.connections\.0\.norm\.": ".self_attn_norm.",
+    r"\.connections\.1\.norm\.": ".mlp_norm.",
+    r"\.pooling\.linears\.0\.": ".self_attn.q_proj.",
+    r"\.pooling\.linears\.1\.": ".self_attn.k_proj.",
+    r"\.pooling\.linears\.2\.": ".self_attn.v_proj.",
+    r"\.pooling\.linears\.3\.": ".self_attn.o_proj.",
+    r"\.feed_forward\.w_1\.": ".mlp.up_proj.",
+    r"\.feed_forward\.w_2\.": ".mlp.down_proj.",
+    r"\.a_2$": ".weight",
+    r"\.b_2$": ".bias",
+    r"^decoder\.": "lm_head.",
+    r"^linear\.": "score.",
+}
 
 
 def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -115,55 +122,41 @@ def infer_config(state: dict[str, torch.Tensor], task: str, **given) -> RTransfo
 
 def convert_names(state: dict[str, torch.Tensor], task: str) -> tuple[dict[str, torch.Tensor], list[str]]:
     """The parameters under the names of this package, and the original names of the unused ones."""
+    embedding = "model.embed_tokens." if task == "causal-lm" else "model.embed_values."
     converted, unused = {}, []
     for name, value in state.items():
         if UNUSED.match(name):
             unused.append(name)
             continue
-        new_name = name
-        if block := re.match(r"rt\.forward_net\.(\d+)\.(.*)", name):
-            new_name = block[2]
-            for pattern, replacement in BLOCK_NAMES:
-                new_name = re.sub(rf"^{pattern}", replacement, new_name)
-            new_name = f"model.layers.{block[1]}.{new_name}"
-        elif task == "causal-lm":
-            new_name = name.replace("encoder.", "model.embed_tokens.").replace("decoder.", "lm_head.")
-        else:
-            new_name = name.replace("encoder.", "model.embed_values.").replace("linear.", "score.")
-        converted[new_name.replace(".a_2", ".weight").replace(".b_2", ".bias")] = value
+        for pattern, replacement in {**NAMES, r"^encoder\.": embedding}.items():
+            name = re.sub(pattern, replacement, name)
+        converted[name] = value
     return converted, unused
 
 
-def infer_task(state: dict[str, torch.Tensor]) -> str:
-    """A language model has a decoder; the parameters of a classifier and of a frame labeller have the same names."""
-    return "causal-lm" if "decoder.weight" in state else "sequence-classification"
-
-
-def convert(
-    state: dict[str, torch.Tensor], task: str | None = None, **given
-) -> tuple[RTransformerPreTrainedModel, list[str]]:
+def convert(checkpoint: Path, task: str | None = None, **given) -> tuple[RTransformerPreTrainedModel, dict]:
     """
     Args:
-        state: the original parameters, from [`read_state_dict`].
+        checkpoint: a file for [`read_state_dict`].
         task: one of `TASKS`; None for a language model or, without a decoder, sequence classification.
         given: fields of [`RTransformerConfig`]; `num_attention_heads` and `local_window` are needed.
 
     Returns:
-        The model, in evaluation mode, and the names of the parameters that the original never used.
+        The model, in evaluation mode, and `class` and `unused`, the names of the parameters that the original never
+        used.
 
     Raises:
         ValueError: parameters are missing, unknown or of shapes that do not fit together.
     """
-    task = task or infer_task(state)
+    state = read_state_dict(checkpoint)
+    # A language model has a decoder; the parameters of a classifier and of a frame labeller have the same names.
+    task = task or ("causal-lm" if "decoder.weight" in state else "sequence-classification")
     config = infer_config(state, task, **given)
     converted, unused = convert_names(state, task)
     model = TASKS[task](config).eval()
-    expected = model.state_dict()
-    missing, unknown = sorted(expected.keys() - converted.keys()), sorted(converted.keys() - expected.keys())
-    if missing or unknown:
-        raise ValueError(
-            f"the checkpoint does not fit a {task} model: missing {', '.join(missing) or 'nothing'}, "
-            f"unknown {', '.join(unknown) or 'nothing'}"
-        )
-    model.load_state_dict(converted)
-    return model, unused
+    try:
+        model.load_state_dict(converted)
+    except RuntimeError as error:  # torch's message lists every parameter that is missing, unknown or of another shape
+        raise ValueError(f"the checkpoint does not fit a {task} model: {error}") from error
+    print(f"left {len(unused)} parameters that the original never used: {', '.join(unused)}", file=sys.stderr)
+    return model, {"class": type(model).__name__, "unused": unused}

@@ -14,7 +14,9 @@ largest state, on the given inputs or else on 8 x 64 normal random numbers.
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from modeling_rtransformer.linear_rnn import LinearRNN, rsa_from_linear_rnn
 from scripts.conversion.original_checkpoint import read_state_dict
@@ -43,14 +45,21 @@ def read_rnn(path: Path) -> nn.RNN:
     return rnn
 
 
-def convert(rnn: nn.RNN, nonlinearity: str, inputs: torch.Tensor | None = None, **options) -> tuple:
-    """The model, and the largest error of its states divided by the RNN's largest state."""
-    linear = LinearRNN.from_torch(rnn, inputs if nonlinearity == "tanh" else None)
+def convert(checkpoint: Path, nonlinearity: str, inputs: Path | None = None, **options) -> tuple[PreTrainedModel, dict]:
+    """The model, and its size and `error`; `options` are those of [`rsa_from_linear_rnn`]."""
+    rnn = read_rnn(checkpoint)
+    values = None
+    if inputs is not None:
+        values = load_file(inputs).get("inputs")
+        if values is None:
+            raise ValueError(f"--inputs {inputs} must hold a tensor named `inputs`")
+    linear = LinearRNN.from_torch(rnn, values if nonlinearity == "tanh" else None)
     model = rsa_from_linear_rnn(linear, **options)
-    if inputs is None:
-        inputs = torch.randn(8, 64, rnn.input_size, generator=torch.Generator().manual_seed(0))
-    inputs = inputs.double()
+    if values is None:
+        values = torch.randn(8, 64, rnn.input_size, generator=torch.Generator().manual_seed(0))
+    values = values.double()
     with torch.no_grad():
-        states = linear.run(inputs) if nonlinearity == "none" else rnn(inputs)[0]
-        given = model(input_values=inputs).last_hidden_state[..., : rnn.hidden_size]
-    return model, ((given - states).abs().max() / states.abs().max()).item()
+        states = linear.run(values) if nonlinearity == "none" else rnn(values)[0]
+        given = model(input_values=values).last_hidden_state[..., : rnn.hidden_size]
+    error = ((given - states).abs().max() / states.abs().max()).item()
+    return model, {"units": rnn.hidden_size, "rem_kinds": model.config.rem_kinds, "error": error}
