@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from scripts.training.recipe import parse_file
-
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file; a ValueError that names the file if a line is damaged."""
-    return parse_file(path, lambda text: [json.loads(line) for line in text.splitlines()])
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:
