@@ -14,7 +14,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append_line(path: Path, content: dict[str, Any]) -> None:
-    """Add a line to the file, which is made if there is none."""
+    """Add a line to the file, which is made if there is none; completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(content) + "\n")
+    partial = path.with_suffix(".partial")
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    partial.write_text(before + json.dumps(content) + "\n", encoding="utf-8")
+    partial.replace(path)
