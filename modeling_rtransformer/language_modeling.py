@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import ContinuousBatchingManager, GenerationMixin
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from .engines import refuse_continuous_batching
 from .inputs import check_ids
 from .library_versions import (
     BaseModelOutputWithPast,
@@ -53,6 +54,14 @@ class CausalLMHead(LanguageModelHead):
 
     generate = accepts_both_cache_names(GenerationMixin.generate)
 
+    def init_continuous_batching(self, *args, **kwargs) -> ContinuousBatchingManager:
+        """As in Transformers; a NotImplementedError where a model remembers more than keys and values."""
+        refuse_continuous_batching(self.config)
+        manager = super().init_continuous_batching(*args, **kwargs)
+        if self.config.has_rems:  # which read the values of the past, and block tables leave them in the cache
+            manager.continuous_batching_config.max_blocks_per_request = 0
+        return manager
+
     @accepts_both_cache_names
     @can_return_tuple
     def forward(
@@ -74,12 +83,17 @@ class CausalLMHead(LanguageModelHead):
         Args:
             labels (`(B, T)`, *optional*): the input ids; they are shifted inside, and -100 is not scored.
             logits_to_keep (`int` or tensor): logits of the last so many positions, or of these; 0 for all.
+            shift_labels (`(B, T)`, *optional*):
+                in place of `labels`, the targets, shifted already, as Trainer gives them where it splits sequences over
+                processes.
 
         Returns:
-            `logits` `(B, T, V)`, with `labels` also the `loss` in nats a token.
+            `logits` `(B, T, V)`, with `labels` or `shift_labels` also the `loss` in nats a token.
         """
-        if labels is not None:
-            check_ids("labels", labels, self.config.vocab_size, "`vocab_size`")
+        shift_labels = kwargs.pop("shift_labels", None)  # no parameter, since Trainer asks a data set for those
+        for name, targets in (("labels", labels), ("shift_labels", shift_labels)):
+            if targets is not None:
+                check_ids(name, targets, self.config.vocab_size, "`vocab_size`")
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -93,8 +107,14 @@ class CausalLMHead(LanguageModelHead):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                shift_labels=shift_labels,
+                **kwargs,
+            )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
