@@ -22,6 +22,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_rtransformer import RTransformerConfig
+from .engines import PagedAttentionCache, paged_distances, paged_update
 from .head_shard import HeadShard
 from .positions import SequenceInfo
 from .recurrence_encoding import RecurrenceEncoding
@@ -92,7 +93,11 @@ class RTransformerAttention(nn.Module):
         if self.recurrence is not None and sequence.padding_mask is not None:
             value = value * sequence.padding_mask[:, None, :, None].to(value.dtype)
         positions = None
-        if cache is not None:
+        if isinstance(cache, PagedAttentionCache):  # the requests of continuous batching, in one row
+            key, value_states = paged_update(cache, key, value, self.layer_idx, kwargs)
+            if self.recurrence is not None:
+                positions = paged_distances(kwargs, sequence.position_ids, value_states.shape[2])
+        elif cache is not None:
             # Read before `update`, which may increase this length in place.
             past_length = cache.get_seq_length(self.layer_idx)
             positions = past_length + torch.arange(input_shape[1], device=hidden_states.device)

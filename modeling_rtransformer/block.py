@@ -54,7 +54,7 @@ def wait_for_offloaded(cache: Cache | None, layer_idx: int, device: torch.device
     The cache copies the state back on a stream of its own, and waits for that stream when keys and values are added.
     This is too late for the LocalRNN windows, which are read before. In a model of one block the cache never waits.
     """
-    if cache is not None and cache.offloading and layer_idx < len(cache.layers):
+    if isinstance(cache, Cache) and cache.offloading and layer_idx < len(cache.layers):
         torch.cuda.current_stream(device).wait_stream(cache.prefetch_stream)
         cache.layers[layer_idx].prefetch()
 

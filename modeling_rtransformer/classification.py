@@ -90,7 +90,8 @@ class SequenceClassificationHead(LabelScores):
             labels (*optional*): `(B,)` class ids, `(B, num_labels)` for several labels or regression.
 
         Returns:
-            `logits` `(B, num_labels)`, with `labels` also the `loss`.
+            `logits` `(B, num_labels)`, with `labels` also the `loss`: the mean over the labels or, with
+            `num_items_in_batch`, as `Trainer` gives it where it accumulates gradients, the sum divided by it.
         """
         if labels is not None and self.config.problem_type in (None, "single_label_classification"):
             if self.num_labels > 1 and not labels.is_floating_point():
@@ -112,6 +113,9 @@ class SequenceClassificationHead(LabelScores):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+            count = kwargs.get("num_items_in_batch")
+            if count is not None and self.config.problem_type != "single_label_classification":
+                loss = loss * (labels.numel() / count)  # the library's losses of numbers are means, whatever the count
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,

@@ -338,10 +338,19 @@ class RTransformerConfig(PreTrainedConfig):
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def has_windows(self) -> bool:
+        """Whether a LocalRNN reads inputs before its own position."""
+        return self.num_local_rnns > 0 and self.local_window > 1
+
+    @property
+    def has_rems(self) -> bool:
+        """Whether an attention head has a REM."""
+        return any(self.layer_rem_heads(layer_idx) for layer_idx in range(self.num_hidden_layers))
+
+    @property
     def layer_types(self) -> list[str]:
         """What the cache of Transformers must hold for each block: keys and values, and the LocalRNN windows if any."""
-        has_windows = self.num_local_rnns > 0 and self.local_window > 1
-        return ["hybrid" if has_windows else "full_attention"] * self.num_hidden_layers
+        return ["hybrid" if self.has_windows else "full_attention"] * self.num_hidden_layers
 
     @property
     def number_of_conv_states(self) -> int:

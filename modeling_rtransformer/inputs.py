@@ -10,14 +10,14 @@ from transformers.utils.import_utils import is_tracing
 
 def check_ids(name: str, ids: torch.Tensor, size: int, what: str) -> None:
     """
-    Raise a ValueError that names an id outside [0, size); a label of -100 is valid. Only ids on a CPU are checked:
+    Raise a ValueError that names an id outside [0, size); in labels -100 is valid. Only ids on a CPU are checked:
     reading values of an accelerator would make it wait.
     """
     if ids.device.type != "cpu" or is_tracing(ids) or ids.numel() == 0:
         return
     lowest, highest = torch.aminmax(ids)
     bad = highest if highest >= size else lowest
-    if highest >= size or (lowest < 0 and not (name == "labels" and lowest == -100)):
+    if highest >= size or (lowest < 0 and not (name.endswith("labels") and lowest == -100)):
         raise ValueError(f"`{name}` must lie in [0, {size - 1}] ({what} is {size}), got {bad.item()}")
 
 

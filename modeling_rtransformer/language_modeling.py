@@ -10,15 +10,18 @@ knows one of the two.
 
 # B batch, T positions of this call, V vocabulary
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import ContinuousBatchingManager, GenerationMixin
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
 
+from .engines import refuse_continuous_batching
 from .inputs import check_ids
 from .library_versions import BaseModelOutputWithPast, CausalLMOutputWithPast, accepts_both_cache_names, named_cache
 
@@ -39,12 +42,23 @@ class LanguageModelHead:
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 
-    def loss_of(self, logits: torch.Tensor, labels: torch.Tensor | None, **kwargs) -> torch.Tensor | None:
-        """The loss of the labels, after they are checked; None without labels."""
-        if labels is None:
+    def loss_of(
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor | None,
+        shift_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | None:
+        """The loss of the labels, or of those that are shifted already, after they are checked; None without labels."""
+        targets = {"labels": labels, "shift_labels": shift_labels}
+        targets = {name: ids for name, ids in targets.items() if ids is not None}
+        if not targets:
             return None
-        check_ids("labels", labels, self.config.vocab_size, "`vocab_size`")
-        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        for name, ids in targets.items():
+            check_ids(name, ids, self.config.vocab_size, "`vocab_size`")
+        return self.loss_function(
+            logits=logits, vocab_size=self.config.vocab_size, **{"labels": None, **targets}, **kwargs
+        )
 
 
 class CausalLMHead(LanguageModelHead):
@@ -54,6 +68,14 @@ class CausalLMHead(LanguageModelHead):
     """
 
     generate = accepts_both_cache_names(GenerationMixin.generate)
+
+    def init_continuous_batching(self, *args, **kwargs) -> ContinuousBatchingManager:
+        """As in Transformers; a NotImplementedError where a model remembers more than keys and values."""
+        refuse_continuous_batching(self.config)
+        manager = super().init_continuous_batching(*args, **kwargs)
+        if self.config.has_rems:  # which read the values of the past, and block tables leave them in the cache
+            manager.continuous_batching_config.max_blocks_per_request = 0
+        return manager
 
     @accepts_both_cache_names
     @can_return_tuple
@@ -76,10 +98,14 @@ class CausalLMHead(LanguageModelHead):
         Args:
             labels (`(B, T)`, *optional*): the input ids; they are shifted inside, and -100 is not scored.
             logits_to_keep (`int` or tensor): logits of the last so many positions, or of these; 0 for all.
+            shift_labels (`(B, T)`, *optional*):
+                in place of `labels`, the targets, shifted already, as Trainer gives them where it splits sequences over
+                processes.
 
         Returns:
-            `logits` `(B, T, V)`, with `labels` also the `loss` in nats a token.
+            `logits` `(B, T, V)`, with `labels` or `shift_labels` also the `loss` in nats a token.
         """
+        shift_labels = kwargs.pop("shift_labels", None)  # no parameter, since Trainer asks a data set for those
         outputs: BaseModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -93,7 +119,7 @@ class CausalLMHead(LanguageModelHead):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         return CausalLMOutputWithPast(
-            loss=self.loss_of(logits, labels, **kwargs),
+            loss=self.loss_of(logits, labels, shift_labels, **kwargs),
             logits=logits,
             **named_cache(outputs.cache),
             hidden_states=outputs.hidden_states,

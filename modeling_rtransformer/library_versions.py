@@ -70,29 +70,28 @@ def accepts_both_cache_names(function: Callable) -> Callable:
 
 
 # What a forward takes without naming it: what Transformers passes to every model. `token_type_ids` is what tokenizers
-# return whether or not a model reads it; `shift_labels` are the targets of a causal model's loss, shifted already, that
-# the Trainer gives in place of `labels` where it splits sequences over processes; `return_dict` and the names after it
-# are read by decorators of Transformers.
+# return whether or not a model reads it; `return_dict` and the names after it are read by decorators of Transformers.
 PASSED_BY_TRANSFORMERS = {
     *TransformersKwargs.__annotations__,
-    *("seq_idx", "cu_seq_lens_q", "is_causal", "token_type_ids", "shift_labels"),
+    *("seq_idx", "cu_seq_lens_q", "is_causal", "token_type_ids"),
     *("return_dict", "use_cache", "debug_io"),
 }
 
 
-def refuse_unknown_arguments(arguments: Mapping[str, Any], known: Collection[str]) -> None:
+def refuse_unknown_arguments(arguments: Mapping[str, Any], known: Collection[str], also: Collection[str] = ()) -> None:
     """
     Check the `**kwargs` of a forward.
 
     Args:
         arguments: what was passed by names that are no parameter of the forward.
         known: its parameters, for the hint.
+        also: further names that are right in this call.
 
     Raises:
         TypeError: one of them is not in [`PASSED_BY_TRANSFORMERS`]; with the nearest name that would be right.
     """
     for name in arguments:
-        if name not in PASSED_BY_TRANSFORMERS:
+        if name not in PASSED_BY_TRANSFORMERS and name not in also:
             near = difflib.get_close_matches(name, [*known, *PASSED_BY_TRANSFORMERS], n=1)
             hint = f"; did you mean `{near[0]}`?" if near else ""
             raise TypeError(f"`{name}` is not an argument of this model{hint}")

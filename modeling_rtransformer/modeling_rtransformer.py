@@ -25,6 +25,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import RTransformerAttention
@@ -36,6 +37,7 @@ from .classification import (
     TokenClassificationHead,
 )
 from .configuration_rtransformer import RTransformerConfig
+from .engines import PAGED_ARGUMENTS, BackendCompatibility, PagedAttentionCache, refuse_foreign_attention
 from .inputs import embed_inputs
 from .language_modeling import CausalLMHead, MaskedLMHead
 from .library_versions import (
@@ -45,7 +47,13 @@ from .library_versions import (
     named_cache,
     refuse_unknown_arguments,
 )
-from .positions import SequenceInfo, packed_segment_ids, positions_in_sequence, sinusoidal_positions
+from .positions import (
+    SequenceInfo,
+    packed_segment_ids,
+    positions_in_sequence,
+    sequences_of_mask,
+    sinusoidal_positions,
+)
 
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", *CACHE_NAMES, "inputs_embeds", "input_values", "labels")
@@ -66,9 +74,11 @@ class RTransformerPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": RTransformerBlock, "attentions": RTransformerAttention}
+    is_backend_compatible = BackendCompatibility()
 
     def __init__(self, config: RTransformerConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
+        refuse_foreign_attention(config)
         distributed = getattr(config, "distributed_config", None)
         tp_size = getattr(distributed, "tp_size", None) or 1
         if config.num_attention_heads % tp_size:
@@ -110,7 +120,16 @@ class RTransformerPreTrainedModel(PreTrainedModel):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor | None]:
-        """The attention mask and the padding mask, as a compiled `generate` prepares them; a REM reads the padding."""
+        """
+        The attention mask and the padding mask, as a compiled `generate` prepares them; a REM reads the padding. A 4D
+        mask is taken as it is, and a ValueError if windows or REMs cannot follow it.
+        """
+        padding_mask = None
+        if attention_mask is not None and attention_mask.dim() == 4 and (config.has_windows or config.has_rems):
+            past_length = 0 if cache is None else int(cache.get_seq_length())
+            padding_mask, segment_ids = sequences_of_mask(attention_mask, past_length, config.is_causal)
+            if segment_ids is not None:
+                raise ValueError("`attention_mask` must describe one sequence a row for `generate`, got packed ones")
         arguments = {
             "config": config,
             "inputs_embeds": inputs_embeds,
@@ -119,7 +138,9 @@ class RTransformerPreTrainedModel(PreTrainedModel):
         }
         return {
             "full_attention": create_causal_mask(**arguments),
-            "linear_attention": create_recurrent_attention_mask(**arguments),
+            "linear_attention": padding_mask
+            if padding_mask is not None
+            else create_recurrent_attention_mask(**arguments),
         }
 
 
@@ -170,13 +191,19 @@ class RTransformerModel(RTransformerPreTrainedModel):
 
         Raises:
             ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary, a cache
-                that has no room for LocalRNN windows or has lost them.
+                that has no room for LocalRNN windows or has lost them, a 4D mask that windows and REMs cannot follow.
+            NotImplementedError: the attention implementation of an engine that leaves windows and REMs out.
         """
-        refuse_unknown_arguments(kwargs, INPUTS)
+        is_paged = isinstance(cache, PagedAttentionCache)
+        refuse_unknown_arguments(kwargs, INPUTS, PAGED_ARGUMENTS if is_paged else ())
+        refuse_foreign_attention(self.config)
         embedded = embed_inputs(self, input_ids, inputs_embeds, input_values)
-        use_cache = self._check_direction_and_cache(cache, use_cache, kwargs)
-        segment_ids = None
-        if cache is None:
+        if not is_paged:
+            use_cache = self._check_direction_and_cache(cache, use_cache, kwargs)
+        attention_mask, segment_ids = self._read_prepared_mask(attention_mask, cache)
+        if cache is not None and not is_paged:
+            self._refuse_packed_rows(attention_mask, position_ids, segment_ids, kwargs)
+        elif cache is None and segment_ids is None:
             segment_ids = packed_segment_ids(
                 *embedded.shape[:2],
                 position_ids=position_ids if attention_mask is None else None,
@@ -203,6 +230,50 @@ class RTransformerModel(RTransformerPreTrainedModel):
         if cache is not None:
             self._check_windows(cache)
         return use_cache if self.is_causal else False
+
+    def _read_prepared_mask(
+        self, attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None, cache: Cache | None
+    ) -> tuple[torch.Tensor | dict[str, torch.Tensor | None] | None, torch.Tensor | None]:
+        """
+        The mask and the packed sequences `(B, T)` that it describes, if it is a prepared one of four dimensions and the
+        model reads the order of tokens; the padding that it describes stands beside it in a dict then.
+        """
+        is_dict = isinstance(attention_mask, dict)
+        prepared = attention_mask["full_attention"] if is_dict else attention_mask
+        reads_order = self.config.has_windows or self.config.has_rems
+        if not reads_order or prepared is None or len(prepared.shape) != 4 or isinstance(cache, PagedAttentionCache):
+            return attention_mask, None
+        if is_dict and (is_tracing(prepared) or not isinstance(prepared, torch.Tensor)):
+            return attention_mask, None  # made by `create_masks_for_generate`, which has looked at it
+        if is_tracing(prepared) or not isinstance(prepared, torch.Tensor):
+            raise ValueError(
+                "`attention_mask` of four dimensions cannot be read while a compiler traces the model, nor as a "
+                f"BlockMask, in a model with LocalRNN windows or REMs, got a {type(prepared).__name__}; pass the "
+                "padding (2D), or packed sequences by `position_ids`"
+            )
+        past_length = 0 if cache is None else int(cache.get_seq_length())
+        padding_mask, segment_ids = sequences_of_mask(prepared, past_length, self.is_causal)
+        return {"full_attention": prepared, "linear_attention": padding_mask}, segment_ids
+
+    def _refuse_packed_rows(
+        self,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None,
+        position_ids: torch.LongTensor | None,
+        segment_ids: torch.Tensor | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """A ValueError where packed sequences come with a cache, which holds one sequence a row."""
+        found = [name for name in ("seq_idx", "cu_seq_lens_q") if kwargs.get(name) is not None]
+        if segment_ids is not None:
+            found.append("attention_mask")
+        if attention_mask is None and position_ids is not None and not is_tracing(position_ids):
+            if position_ids.shape[-1] > 1 and (position_ids.diff(dim=-1) != 1).any():
+                found.append("position_ids")
+        if found:
+            raise ValueError(
+                f"`{found[0]}` describes packed sequences, and a `cache` holds one sequence a row; leave the cache out "
+                "(`use_cache=False`) or give each sequence a row of its own"
+            )
 
     def _check_windows(self, cache: Cache) -> None:
         """

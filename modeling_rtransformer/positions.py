@@ -70,6 +70,57 @@ def packed_segment_ids(
     return None
 
 
+def sequences_of_mask(
+    attention_mask: torch.Tensor, past_length: int, is_causal: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """
+    The padding and the packed sequences that a 4D attention mask describes, for layers that read the order of tokens,
+    which a mask does not say.
+
+    Args:
+        attention_mask (`(B, 1, T, L)` or `(B, H, T, L)`):
+            bool, True for the keys that a query sees; or added to the scores, below -10,000 for the keys that it does
+            not see, which is zero after the softmax.
+        past_length: keys before those of the T queries.
+        is_causal: a query sees the keys up to its own, or all of its sequence.
+
+    Returns:
+        `padding_mask` `(B, T)`, bool, and `segment_ids` `(B, T)`, each None where it would say nothing.
+
+    Raises:
+        ValueError: a mask of another kind, such as a window, or branches that continue one beginning.
+    """
+    visible = attention_mask
+    if visible.dtype != torch.bool:
+        visible = visible > -1e4 if visible.is_floating_point() else visible != 0
+    heads_agree = (visible == visible[:, :1]).all()
+    visible = visible[:, 0]  # (B, T, L)
+    length = visible.shape[1]
+    past, own, beyond = visible.split([past_length, length, visible.shape[2] - past_length - length], dim=2)
+    sees_itself = own.diagonal(dim1=1, dim2=2)
+    # A padded query sees nothing or, in a mask that was made for a softmax, everything; nobody reads what it gives.
+    real = sees_itself & own.triu(1).any(2).logical_not() if is_causal else sees_itself
+    begins = F.pad(own.diagonal(-1, dim1=1, dim2=2).logical_not(), (1, 0), value=True)
+    segment_ids = begins.cumsum(1)
+    expected = (segment_ids[:, :, None] == segment_ids[:, None, :]) & real[:, None, :]
+    if is_causal:
+        expected = expected.tril()
+    fits = ((own == expected).all(2) & beyond.any(2).logical_not()) | real.logical_not()
+    is_packed = ((segment_ids != segment_ids.max(1, keepdim=True).values) & real).any()
+    if past_length:  # the sequence goes on: all see the same of the past, which is padded on the left at most
+        last = past[:, -1:]
+        in_order = (past[..., 1:] >= past[..., :-1]).all(2)
+        fits &= ((past == last).all(2) & in_order & is_packed.logical_not()) | real.logical_not()
+    if not (fits.all() & heads_agree):
+        raise ValueError(
+            "`attention_mask` of four dimensions must describe padding and packed sequences alone (in each of them "
+            "every token sees all tokens before it, and with a past there is one) in a model with LocalRNN windows or "
+            "REMs, which read the order of the tokens; windows and branches cannot be read from a mask"
+        )
+    padding_mask = None if real.all() else real
+    return padding_mask, segment_ids if is_packed else None
+
+
 def positions_in_sequence(
     length: int,
     *,

@@ -67,9 +67,11 @@ class HeadSelection(NamedTuple):
 def rem_matrix(heads: RemHeads, positions: torch.Tensor, length: int, dilation: int, is_causal: bool) -> torch.Tensor:
     """
     P itself, the definition. `positions` `(T,)` are the queries' rows, the keys stand at 0 to `length` - 1:
-    `(R, T, length)`.
+    `(R, T, length)`. Or `positions` `(T, length)` are the distances i - j themselves, with 0 for what is not read.
     """
-    distance = positions[:, None] - torch.arange(length, device=positions.device)  # (T, L)
+    distance = positions
+    if positions.dim() == 1:
+        distance = positions[:, None] - torch.arange(length, device=positions.device)  # (T, L)
     if not is_causal:
         distance = distance.abs()
     steps = torch.where(distance % dilation == 0, distance // dilation, 0)
@@ -83,7 +85,10 @@ def rem_rows(
     dilation: int,
     gates: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The rows `positions` `(T,)` of the causal P, times values `(B, R, L, d)`: `(B, R, T, d)`. For decoding."""
+    """
+    The rows `positions` of the causal P, as in [`rem_matrix`], times values `(B, R, L, d)`: `(B, R, T, d)`. For
+    decoding.
+    """
     matrix = rem_matrix(heads, positions, values.shape[2], dilation, is_causal=True)
     if gates is not None:
         matrix = matrix * gates[:, None, None]
@@ -322,7 +327,7 @@ class RecurrenceEncoding(nn.Module):
         P of all H heads, or those of a shard, zero for a plain one.
 
         Args:
-            positions (`(T,)`): the queries' rows; the keys stand at 0 to `length` - 1.
+            positions (`(T,)` or `(T, length)`): the queries' rows or the distances, as in [`rem_matrix`].
             segment_ids (`(B, L)`, *optional*): packed sequences, with as many queries as keys.
 
         Returns:
@@ -355,7 +360,8 @@ class RecurrenceEncoding(nn.Module):
 
         Args:
             values (`(B, H, L, d)`): of all heads, or the shard's, zero where padded.
-            positions (`(T,)`, *optional*): rows of the queries among the keys; all L of them if None.
+            positions (`(T,)` or `(T, L)`, *optional*):
+                rows of the queries among the keys, or the distances, as in [`rem_matrix`]; all L rows if None.
             gates (`(R,)`, *optional*): a factor of each head's P.
 
         Returns:
@@ -371,7 +377,11 @@ class RecurrenceEncoding(nn.Module):
             done += group.stop - group.start
             if positions is None:
                 products.append(self._whole(group_heads, group_values, dilation, segment_ids, group_gates))
-            elif torch.compiler.is_exporting() or positions.shape[0] <= chunk_length(values.shape[2]):
+            elif (
+                torch.compiler.is_exporting()
+                or positions.dim() == 2
+                or positions.shape[0] <= chunk_length(values.shape[2])
+            ):
                 products.append(rem_rows(group_heads, group_values, positions, dilation, group_gates))
             else:  # as many products as a scan has, which keeps no T x L matrix
                 product = rem_scan(group_heads, group_values, dilation, gates=group_gates)

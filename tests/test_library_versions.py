@@ -4,7 +4,13 @@ import warnings
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    StaticCache,
+)
 from transformers.utils import logging
 
 import modeling_rtransformer
@@ -14,6 +20,8 @@ from modeling_rtransformer import (
     RTransformerModel,
 )
 from modeling_rtransformer.library_versions import CACHE_NAME, CACHE_NAMES, NEWEST_TESTED, warn_if_untested
+from scripts.baselines import LinearForecaster, LinearForecasterConfig
+from scripts.baselines.recurrent import RecurrentConfig
 from tests.conftest import tiny_config
 
 
@@ -120,10 +128,64 @@ def test_an_argument_that_no_model_has_is_refused(model_class, name, meant, ids)
         model(**inputs, **{name: None})
 
 
+BASELINE = RecurrentConfig(vocab_size=37, hidden_size=8, num_labels=3)
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification])
+def test_a_baseline_refuses_arguments_that_it_does_not_read(auto_class, ids):
+    model = auto_class.from_config(BASELINE)
+    with pytest.raises(TypeError, match="`atention_mask` is not an argument of this model; did you mean `attention_m"):
+        model(ids, atention_mask=torch.ones_like(ids))
+    with pytest.raises(ValueError, match="`seq_idx` must be left out"):
+        model(ids, seq_idx=torch.zeros_like(ids))
+    with pytest.raises(ValueError, match=r"`attention_mask` must have the shape \(batch, length\), got \(2, 1, 9, 9\)"):
+        model(ids, attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool))
+    if auto_class is not AutoModel:
+        with pytest.raises(ValueError, match="`cache` must be left out"):
+            model(ids, cache=DynamicCache())
+
+
+def test_a_linear_forecaster_refuses_arguments_that_it_does_not_read():
+    model = LinearForecaster(LinearForecasterConfig(context_length=9, prediction_length=3))
+    with pytest.raises(TypeError, match="`futur_values` is not an argument.*did you mean `future_values`"):
+        model(torch.randn(2, 9, 1), futur_values=torch.randn(2, 3, 1))
+
+
+def test_generate_refuses_what_no_model_has(ids):
+    with pytest.raises(ValueError, match="atention_mask"):
+        make(RTransformerForCausalLM).generate(ids, atention_mask=torch.ones_like(ids), max_new_tokens=2)
+
+
+@pytest.mark.parametrize("model_class", [RTransformerModel, *HEADS], ids=lambda model_class: model_class.__name__)
+def test_shifted_targets_are_refused_by_all_but_causal_language_models(model_class, ids):
+    if model_class is RTransformerForCausalLM:
+        pytest.skip("reads them")
+    fields, inputs = {"num_labels": 3}, {"input_ids": ids}
+    if "TimeSeries" in model_class.__name__:
+        fields = {"num_input_features": 2, "prediction_length": 3}
+        inputs = {"past_values": torch.randn(2, 9, 2)}
+    with pytest.raises(TypeError, match="`shift_labels` is not an argument of this model"):
+        make(model_class, **fields)(**inputs, shift_labels=ids)
+
+
+@pytest.mark.parametrize("problem", ["regression", "single_label_classification", "multi_label_classification"])
+def test_the_loss_of_a_batch_in_parts_is_that_of_the_whole(problem):
+    """As `Trainer` accumulates gradients: each part with the number of labels of all parts."""
+    outputs = 1 if problem == "regression" else 3
+    model = make(RTransformerForSequenceClassification, num_labels=outputs, problem_type=problem)
+    ids = torch.randint(3, 37, (6, 9))
+    labels = {"regression": torch.randn(6), "single_label_classification": torch.randint(3, (6,))}
+    labels = labels.get(problem, torch.randint(2, (6, 3)).float())
+    parts = zip(ids.split([1, 3, 2]), labels.split([1, 3, 2]))
+    losses = [model(part, labels=those, num_items_in_batch=labels.numel()).loss for part, those in parts]
+    torch.testing.assert_close(sum(losses), model(ids, labels=labels).loss)
+
+
 def test_shift_labels_are_the_targets_in_place_of_labels(ids):
     model = make(RTransformerForCausalLM)
     targets = torch.cat([ids[:, 1:], torch.full((2, 1), -100)], dim=1)
     expected = model(ids, labels=ids).loss
+    torch.testing.assert_close(model(ids, shift_labels=targets).loss, expected)
     torch.testing.assert_close(model(ids, labels=torch.zeros_like(ids), shift_labels=targets).loss, expected)
     assert model(ids, labels=ids, shift_labels=ids).loss != expected
 

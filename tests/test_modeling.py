@@ -136,16 +136,109 @@ def test_branches_in_a_4d_mask_need_heads_and_inputs_without_an_order(variant):
     model = causal_lm(variant)
     beginning, ends = random_ids(1, 4), random_ids(2, 1)
     row = torch.cat([beginning, ends.T], dim=1)  # (1, 6)
-    sees = torch.ones(6, 6).tril()
-    sees[5, 4] = 0
-    mask = torch.zeros(1, 1, 6, 6).masked_fill(sees == 0, torch.finfo(torch.float32).min)
-    logits = model(row, attention_mask=mask, position_ids=torch.tensor([[0, 1, 2, 3, 4, 4]])).logits[0, 4:]
+    sees = torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    sees[..., 5, 4] = False
+    inputs = {"attention_mask": added(sees), "position_ids": torch.tensor([[0, 1, 2, 3, 4, 4]])}
+    if variant not in WITHOUT_ORDER:
+        with pytest.raises(ValueError, match="`attention_mask` of four dimensions.*branches"):
+            model(row, **inputs)
+        return
+    logits = model(row, **inputs).logits[0, 4:]
     alone = model(torch.cat([beginning.expand(2, -1), ends], dim=1)).logits[:, 4]
-    torch.testing.assert_close(logits[0], alone[0], **CLOSE)
-    if variant in ("plain-sinusoidal", "rnn-window-1"):
-        torch.testing.assert_close(logits[1], alone[1], **CLOSE)
+    torch.testing.assert_close(logits, alone, **CLOSE)
+
+
+WITHOUT_ORDER = ("plain-sinusoidal", "rnn-window-1")  # which read the tokens that a mask shows, in any order
+
+
+def added(sees):
+    """The mask that is added to the scores, from the one that says what a token sees."""
+    return torch.zeros(sees.shape).masked_fill(sees.logical_not(), torch.finfo(torch.float32).min)
+
+
+def block_diagonal(segment_ids, is_causal):
+    """`(B, 1, T, T)`: a token sees its own sequence, up to itself in a causal model; padding, -1, is seen by none."""
+    sees = (segment_ids[:, None, :, None] == segment_ids[:, None, None, :]) & (segment_ids >= 0)[:, None, None, :]
+    return sees.tril() if is_causal else sees
+
+
+@pytest.mark.parametrize("form", ["bool", "added"])
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+def test_a_4d_mask_that_packs_sequences_equals_each_alone(variant, is_causal, form):
+    """With padding before, between and behind them; a second row is packed in another way."""
+    model = causal_lm(variant, is_causal=is_causal).double()
+    segment_ids = torch.tensor([[-1, 0, 0, 0, 0, 1, -1, 2, 2, 2, 2, -1], [0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1]])
+    places = torch.stack([torch.cat([torch.arange(n) for n in counts]) for counts in ((1, 4, 1, 1, 4, 1), (8, 4))])
+    ids = random_ids(2, 12)
+    mask = block_diagonal(segment_ids, is_causal)
+    mask = added(mask).double() if form == "added" else mask
+    logits = model(ids, attention_mask=mask, position_ids=places).logits
+    for row, segments in enumerate(segment_ids):
+        for segment in segments.unique():
+            if segment >= 0:
+                alone = model(ids[row : row + 1, segments == segment]).logits[0]
+                torch.testing.assert_close(logits[row, segments == segment], alone, **CLOSE)
+
+
+@pytest.mark.parametrize("is_causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_4d_mask_that_pads_equals_each_row_alone(variant, side, is_causal):
+    model = causal_lm(variant, is_causal=is_causal)
+    rows = [random_ids(9), random_ids(LENGTH), random_ids(1)]
+    ids, mask = padded_batch(rows, side)
+    places = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(ids, attention_mask=block_diagonal(mask - 1, is_causal), position_ids=places).logits
+    for index, row in enumerate(rows):
+        torch.testing.assert_close(logits[index, mask[index].bool()], model(row[None]).logits[0], **CLOSE)
+
+
+def test_decoding_goes_on_under_a_4d_mask_that_hides_padding_and_nothing_else(variant):
+    model = causal_lm(variant)
+    ids, mask = padded_batch([random_ids(9), random_ids(12)], "left")
+    sees, places = block_diagonal(mask - 1, True), (mask.cumsum(1) - 1).clamp(min=0)
+    expected = model(ids, attention_mask=mask).logits
+    cache, logits = DynamicCache(config=model.config), []
+    for begin, end in ((0, 7), (7, 8), (8, 12)):
+        part = sees[:, :, begin:end, :end]
+        inputs = {"attention_mask": part, "position_ids": places[:, begin:end]}
+        logits.append(model(ids[:, begin:end], cache=cache, **inputs).logits)
+    torch.testing.assert_close(torch.cat(logits, dim=1)[mask.bool()], expected[mask.bool()], **CLOSE)
+    if variant not in WITHOUT_ORDER:
+        hides = torch.ones(2, 1, 1, 13, dtype=torch.bool)
+        hides[..., 10] = False
+        with pytest.raises(ValueError, match="`attention_mask` of four dimensions"):
+            model(random_ids(2, 1), cache=cache, attention_mask=hides)
+
+
+@pytest.mark.parametrize("form", ["a window", "prefixes that see themselves whole", "heads that differ"])
+def test_other_4d_masks_are_refused_where_there_are_windows_or_rems(variant, form):
+    if variant in WITHOUT_ORDER:
+        pytest.skip("no windows and no REMs")
+    model = causal_lm(variant)
+    sees = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    if form == "a window":
+        sees = sees.triu(-3)
+    elif form == "heads that differ":
+        sees = sees.repeat(1, model.config.num_attention_heads, 1, 1)
+        sees[:, 1] = sees[:, 1].triu(-3)
     else:
-        assert (logits[1] - alone[1]).abs().max() > 0.01
+        sees[..., :4, :4] = True
+    with pytest.raises(ValueError, match="`attention_mask` of four dimensions must describe"):
+        model(random_ids(1, 9), attention_mask=sees)
+
+
+@pytest.mark.parametrize("described_by", ["position_ids", "seq_idx", "cu_seq_lens_q", "attention_mask"])
+def test_packed_sequences_with_a_cache_are_refused(described_by):
+    model = causal_lm()
+    segment_ids = torch.tensor([[0, 0, 0, 0, 1, 1]])
+    description = {
+        "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1]]),
+        "seq_idx": segment_ids,
+        "cu_seq_lens_q": torch.tensor([0, 4, 6]),
+        "attention_mask": block_diagonal(segment_ids, True),
+    }
+    with pytest.raises(ValueError, match=f"`{described_by}` describes packed sequences.*cache"):
+        model(random_ids(1, 6), cache=DynamicCache(config=model.config), **{described_by: description[described_by]})
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -25,7 +25,13 @@ from transformers.generation import GenerationMixin
 from modeling_rtransformer.classification import FrameClassificationHead, SequenceClassificationHead, real_positions
 from modeling_rtransformer.inputs import embed_inputs
 from modeling_rtransformer.language_modeling import CausalLMHead
-from modeling_rtransformer.library_versions import BaseModelOutputWithPast
+from modeling_rtransformer.library_versions import BaseModelOutputWithPast, refuse_unknown_arguments
+
+
+# Arguments of a forward, for the hint where a name is misspelt. What the heads pass and a baseline has no use for:
+# positions, whose order is all that it reads, and the cache, which it never fills.
+UNUSED = ("position_ids", "cache", "use_cache")
+INPUTS = ("input_ids", "attention_mask", "inputs_embeds", "input_values", "labels")
 
 
 @strict
@@ -139,8 +145,15 @@ class BaselineModel(BaselinePreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """
         Exactly one of `input_ids` `(B, T)`, `inputs_embeds` `(B, T, D)` and, in a model with `num_input_features`,
-        `input_values` `(B, T, F)`; `attention_mask` `(B, T)` is 0 where padded.
+        `input_values` `(B, T, F)`; `attention_mask` `(B, T)` is 0 where padded. Each row is one sequence: a cache,
+        packed sequences and masks of four dimensions raise a ValueError.
         """
+        refuse_unknown_arguments(kwargs, INPUTS, UNUSED)
+        for name in ("cache", "seq_idx", "cu_seq_lens_q"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` must be left out: a baseline reads each row as one whole sequence")
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(f"`attention_mask` must have the shape (batch, length), got {tuple(attention_mask.shape)}")
         inputs = embed_inputs(self, input_ids, inputs_embeds, input_values)
         if input_values is None:
             inputs = self.embedding_dropout(inputs)

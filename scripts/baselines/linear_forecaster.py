@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForTimeSeriesPrediction, PreTraine
 from transformers import initialization as init
 
 from modeling_rtransformer.configuration_rtransformer import nearest
+from modeling_rtransformer.library_versions import refuse_unknown_arguments
 from modeling_rtransformer.modeling_forecaster import RTransformerTimeSeriesPredictionOutput
 
 
@@ -76,6 +77,7 @@ class LinearForecaster(PreTrainedModel):
         self, past_values: torch.FloatTensor, future_values: torch.FloatTensor | None = None, **kwargs
     ) -> RTransformerTimeSeriesPredictionOutput:
         """`past_values` `(B, L, C)` to `prediction_outputs` `(B, P, C)`; `future_values` `(B, P, C)` for the loss."""
+        refuse_unknown_arguments(kwargs, ("past_values", "future_values"))
         length = self.config.context_length
         if past_values.dim() != 3 or past_values.shape[1] != length:
             raise ValueError(

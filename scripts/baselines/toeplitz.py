@@ -82,10 +82,13 @@ class LearnedToeplitz(RecurrenceEncoding):
 
     def matrix(self, positions, length, segment_ids=None, shard=None, learned=None) -> torch.Tensor:
         """P of all H heads, zero for a plain one: `(1 or B, H, T, length)`; arguments as of [`RecurrenceEncoding`]."""
-        longest = self.weight.shape[1] + 1
+        longest, distance = self.weight.shape[1] + 1, positions  # (T, L), the distances themselves
+        if positions.dim() == 1:
+            distance = positions[:, None] - torch.arange(length, device=positions.device)
+        else:
+            length = int(distance.max()) + 1
         if length > longest:
             raise ValueError(f"the input must have at most `max_length` = {longest} positions, got {length}")
-        distance = positions[:, None] - torch.arange(length, device=positions.device)  # (T, L)
         entries = self.weight[:, distance.clamp(min=1) - 1] * (distance >= 1)  # (R, T, L)
         matrix = entries.new_zeros(1, self.num_attention_heads, *distance.shape)
         matrix[:, self.head_indices] = entries
