@@ -3,13 +3,18 @@
 R-Transformer and RSA heads as ordinary Transformers models.
 
 Importing this package registers its model types with the Auto classes, and marks the classes so that `save_pretrained`
-and `push_to_hub` put their code beside the weights.
+and `push_to_hub` put their code beside the weights. Where PEFT is installed, it also registers the adapter method RSA
+with PEFT, so that adapters of `add_rsa` load.
 """
 
 import importlib
+import importlib.metadata
+from typing import Any
 
 import transformers
+from packaging.version import Version
 from transformers import PreTrainedConfig
+from transformers.utils import is_peft_available
 
 from . import modeling_forecaster, modeling_rtransformer
 from .configuration_forecaster import RTransformerForecasterConfig
@@ -18,6 +23,13 @@ from .configuration_rtransformer import rem_heads as rem_heads
 from .modeling_forecaster import *  # noqa: F403
 from .modeling_rtransformer import *  # noqa: F403
 
+
+OLDEST_PEFT = "0.21"
+ADAPTER_NAMES = ("RsaConfig", "add_rsa")
+HAS_PEFT = is_peft_available() and Version(importlib.metadata.version("peft")) >= Version(OLDEST_PEFT)
+if HAS_PEFT:
+    from .rsa_adapter import RsaConfig as RsaConfig
+    from .rsa_adapter import add_rsa as add_rsa
 
 CONFIGS = (RTransformerConfig, RTransformerForecasterConfig)
 
@@ -32,6 +44,14 @@ def model_classes(config_class: type[PreTrainedConfig] = RTransformerConfig) -> 
     return classes
 
 
+def __getattr__(name: str) -> Any:
+    if name in ADAPTER_NAMES:  # reached only without PEFT
+        raise ImportError(
+            f"`{name}` needs PEFT {OLDEST_PEFT} or newer: install it with `pip install 'modeling-rtransformer[rsa]'`"
+        )
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 for config_class in CONFIGS:
     transformers.AutoConfig.register(config_class.model_type, config_class)
     config_class.register_for_auto_class()
@@ -43,6 +63,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     *("model_classes", "rem_heads"),
+    *(ADAPTER_NAMES if HAS_PEFT else ()),
     *(config_class.__name__ for config_class in CONFIGS),
     *modeling_rtransformer.__all__,
     *modeling_forecaster.__all__,

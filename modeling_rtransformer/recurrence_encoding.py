@@ -293,9 +293,13 @@ class RecurrenceEncoding(nn.Module):
         angle = torch.cat([torch.zeros_like(eta), theta])[self.eigenvalue_index]
         return RemHeads(decay, angle, self.is_sine)
 
+    def gate_values(self, mu: torch.Tensor) -> torch.Tensor:
+        """gate = sigmoid(mu). A variant of RSA overrides this."""
+        return torch.sigmoid(mu)
+
     def gates(self, learned: tuple[torch.Tensor, ...] | None = None) -> torch.Tensor:
-        """gate = sigmoid(mu) of each of the H attention heads, zero for a plain one: `(H,)`, at least float32."""
-        gate = torch.sigmoid((learned or self.learned())[3])
+        """The gate of each of the H attention heads, zero for a plain one: `(H,)`, at least float32."""
+        gate = self.gate_values((learned or self.learned())[3])
         return gate.new_zeros(self.num_attention_heads).index_copy(0, self.head_index, gate.expand(len(self.kinds)))
 
     def selection(self, shard: HeadShard | None = None) -> HeadSelection:
@@ -420,6 +424,16 @@ class RecurrenceEncoding(nn.Module):
         if not selected.groups:  # not left out: every process takes part in the message of the gates' gradients
             return attention_output * complement
         product = self.product(values, positions, segment_ids, gates[self.head_index], shard, learned)
+        return self.mix(attention_output, product, complement, selected)
+
+    def mix(
+        self,
+        attention_output: torch.Tensor,  # (B, T, H, d)
+        product: torch.Tensor,  # (B, R, T, d), gate * P V
+        complement: torch.Tensor,  # (H, 1), 1 - gate
+        selected: HeadSelection,
+    ) -> torch.Tensor:
+        """complement * softmax(...) V + gate * P V: `(B, T, H, d)`."""
         product = product.transpose(1, 2)  # (B, T, R, d)
         if selected.run is None:
             return (attention_output * complement).index_add(2, selected.index, product)
