@@ -190,9 +190,8 @@ def loop_attention(module, query, key, value, attention_mask, scaling=None, posi
             if h < len(module.rem_layout):
                 kind, dilation, name, index = module.rem_layout[h]
                 gate = math.tanh(encoding.mu[h].item())
-                eigenvalue = [encoding.eta[index].item()]
-                if name == "nu":
-                    eigenvalue = [encoding.nu[index].item(), encoding.theta[index].item()]
+                names = ["eta"] if name == "eta" else ["nu", "theta"]
+                eigenvalue = [getattr(encoding, part)[index].item() for part in names]
                 for i in range(queries):
                     for j in range(length):
                         distance = i - j if module.is_causal else abs(i - j)
