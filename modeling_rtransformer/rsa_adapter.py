@@ -14,7 +14,7 @@ Importing this file registers the method with PEFT, under the name RSA.
 Sources: Huang et al. 2023, "Encoding Recurrence into Transformers" (ICLR 2023); PEFT, https://huggingface.co/docs/peft
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class RsaConfig(PeftConfig):
         target_modules (`list[str]` or `str`, *optional*):
             Names of self-attention modules, or a regular expression, as in PEFT. If None it is set to all of the model,
             or of `layers`, when the adapter is added.
-        exclude_modules, modules_to_save: as in PEFT.
+        modules_to_save (`list[str]`, *optional*): modules of the model that are trained too, such as a new head.
 
     Raises:
         ValueError: a value out of range or an unknown field, with what would be right.
@@ -90,8 +90,7 @@ class RsaConfig(PeftConfig):
     gate_form: str = "zero"
     layers: list[int] | None = None
     target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = field(default=None)
+    modules_to_save: list[str] | None = None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "RsaConfig":
         # PEFT drops fields that it does not know with a warning. A field of a later version can change what an adapter

@@ -149,6 +149,7 @@ def attach(module: nn.Module, rsa: nn.Module) -> None:
     """Give an attention module its child `rsa`, a module with `active_encoding()`, and all that calls it."""
     module.rsa = rsa
     module.config = ConfigView(module.config)
+    module.config._attn_implementation  # noqa: B018  registers the function, before a compiler looks for it
     module.register_forward_pre_hook(place_queries, with_kwargs=True)
 
 
@@ -162,9 +163,16 @@ def detach(module: nn.Module) -> None:
 
 
 class QueryPlace(NamedTuple):
-    """Where queries stand in a cache: the first one's place among the keys that `cache.update` will return."""
+    """
+    Where queries stand in a cache.
+
+    Args:
+        first: the first query's place among the keys that `cache.update` will return.
+        keys: how many it will return.
+    """
 
     first: int | torch.Tensor
+    keys: int
     cache: Cache
 
 
@@ -193,22 +201,21 @@ def place_queries(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tup
     if not attention_call(type(module)).passes_kwargs:
         raise ValueError(f"{type(module).__name__} passes no keyword arguments on: RSA heads need `use_cache=False`")
     hidden_states = args[0] if args else kwargs["hidden_states"]
-    _, offset = cache.get_mask_sizes(hidden_states.shape[1], module.layer_idx)
+    keys, offset = cache.get_mask_sizes(hidden_states.shape[1], module.layer_idx)
     first = cache.get_query_offset(module.layer_idx) - offset
-    return args, {**kwargs, "rsa_place": QueryPlace(first, cache)}
+    return args, {**kwargs, "rsa_place": QueryPlace(first, keys, cache)}
 
 
 def _refuse_split_sequences() -> None:
     """Raise where Accelerate splits sequences over processes: a process then does not know the places of its keys."""
     state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
-    if state is not None and state._shared_state:
-        settings = getattr(state(), "parallelism_config", None)
-        for field in ("cp_size", "sp_size"):
-            if (getattr(settings, field, None) or 1) > 1:
-                raise ValueError(
-                    f"`parallelism_config.{field}` must be 1, got {getattr(settings, field)}: sequences with RSA heads "
-                    "cannot be split over processes"
-                )
+    settings = None if state is None else state._shared_state.get("parallelism_config")
+    for field in ("cp_size", "sp_size"):
+        size = getattr(settings, field, None) or 1
+        if size > 1:
+            raise ValueError(
+                f"`parallelism_config.{field}` must be 1, got {size}: sequences with RSA heads cannot be split over processes"
+            )
 
 
 class Call(NamedTuple):
@@ -379,7 +386,7 @@ def rsa_attention_forward(
     implementation = module.config.base_config._attn_implementation or "eager"
     encoding = module.rsa.active_encoding()
     if encoding is not None:
-        _check_call(encoding, implementation, query, key, rsa_place, kwargs)
+        _check_call(module, encoding, implementation, query, key, rsa_place, kwargs)
     chosen = attention_call(type(module))
     function = chosen.interface.get_interface(implementation, chosen.eager)
     base = module if implementation in ("eager", "sdpa", "flex_attention") else ModuleView(module)
@@ -408,19 +415,22 @@ def rsa_attention_forward(
     return mixed.contiguous(), weights  # the layout of the model's own functions, and so its rounding
 
 
-def _check_call(encoding, implementation, query, key, place, options) -> None:
+def _check_call(module, encoding, implementation, query, key, place, options) -> None:
     if query.shape[1] != encoding.num_attention_heads:
         raise ValueError(
             f"the attention module has {encoding.num_attention_heads} heads, got queries of {query.shape[1]}: with RSA "
             "heads they cannot be split over processes (tensor parallelism)"
         )
-    if place is None and query.shape[2] != key.shape[2]:
+    expected = query.shape[2] if place is None else place.keys
+    if key.shape[2] != expected:
+        source = "of the same positions" if place is None else "of this layer's cache"
         raise ValueError(
-            f"got {query.shape[2]} queries and {key.shape[2]} keys without a cache: RSA heads need self-attention"
+            f"got {query.shape[2]} queries and {key.shape[2]} keys, where RSA heads need {expected} keys {source}: "
+            "cross-attention and layers that share the keys of another cannot have RSA heads"
         )
-    is_causal = options.get("is_causal")
-    if is_causal is not None and bool(is_causal) != encoding.is_causal:
-        raise ValueError(f"`is_causal` must be {encoding.is_causal}, as it was when RSA was added, got {is_causal}")
+    for is_causal in (options.get("is_causal"), module.is_causal):
+        if is_causal is not None and bool(is_causal) != encoding.is_causal:
+            raise ValueError(f"`is_causal` must be {encoding.is_causal}, as it was when RSA was added, got {is_causal}")
     if implementation.startswith("paged"):
         raise ValueError(f"{implementation!r} (`generate_batch`) cannot be used with RSA heads; `generate` can")
 

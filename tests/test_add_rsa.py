@@ -3,10 +3,14 @@
 import copy
 import functools
 import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers as hf
+from accelerate.state import AcceleratorState
 from packaging.version import Version
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.peft import MIN_PEFT_VERSION
@@ -15,7 +19,7 @@ from transformers.masking_utils import eager_mask, flash_attention_mask
 import modeling_rtransformer
 from modeling_rtransformer.hub_files import save_code
 from modeling_rtransformer.library_versions import CACHE_NAME
-from modeling_rtransformer.rsa_attention import attention_sites, is_cross_attention, rsa_attention_forward
+from modeling_rtransformer.rsa_attention import QueryPlace, attention_sites, is_cross_attention, rsa_attention_forward
 from modeling_rtransformer.rsa_encoding import RsaEncoding, VisibleKeys, read_visible_keys
 from tests.rsa_families import (
     BIDIRECTIONAL,
@@ -486,10 +490,24 @@ def test_saved_adapter_is_small_and_loads(tmp_path):
     fresh = hf.AutoModelForCausalLM.from_pretrained(base_folder)
     for loaded in (
         peft.PeftModel.from_pretrained(fresh, folder),
+        peft.PeftModel.from_pretrained(
+            hf.AutoModelForCausalLM.from_pretrained(base_folder), folder, low_cpu_mem_usage=True
+        ),
         hf.AutoModelForCausalLM.from_pretrained(folder),
         peft.AutoPeftModelForCausalLM.from_pretrained(folder),
     ):
         assert torch.equal(output(loaded.eval(), **arguments), expected)
+
+
+def test_an_adapter_of_many_layers_loads(tmp_path):
+    """PEFT shortens the names of 20 and more modules."""
+    torch.manual_seed(0)
+    base, arguments = hf.LlamaForCausalLM(hf.LlamaConfig(**{**GROUPED, "num_hidden_layers": 21})), inputs("llama")
+    model = peft.get_peft_model(copy.deepcopy(base), RsaConfig(**HEADS))
+    open_gates(model)
+    model.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(output(loaded, **arguments), output(model.eval(), **arguments))
 
 
 def test_several_rsa_adapters_are_switched_and_deleted():
@@ -721,14 +739,29 @@ def test_calls_that_cannot_be_right_are_refused():
         model(ids, is_causal=False)
     with pytest.raises(ValueError, match="in which keys are not in the order of positions"):
         attention(hidden, rotation, None, **{CACHE_NAME: object()})
+    with pytest.raises(ValueError, match="4 queries and 9 keys, where RSA heads need 4"):
+        query, key = torch.randn(1, 4, 4, 8).double(), torch.randn(1, 2, 9, 8).double()
+        rsa_attention_forward(attention, query, key, key, None, rsa_place=QueryPlace(0, 4, hf.DynamicCache()))
     with pytest.raises(ValueError, match="makes this module a cross-attention"):
         attention(hidden, rotation, None, key_value_states=hidden)
     part = [torch.randn(1, 2, 3, 8).double()] * 3
     with pytest.raises(ValueError, match="has 4 heads, got queries of 2"):
         rsa_attention_forward(attention, *part, None)
     query, key = torch.randn(1, 4, 3, 8).double(), torch.randn(1, 2, 5, 8).double()
-    with pytest.raises(ValueError, match="3 queries and 5 keys without a cache"):
+    with pytest.raises(ValueError, match="3 queries and 5 keys, where RSA heads need 3"):
         rsa_attention_forward(attention, query, key, key, None)
+
+
+@pytest.mark.parametrize("field", ["cp_size", "sp_size"])
+def test_sequences_split_over_processes_are_refused(field, monkeypatch):
+    model, arguments = shared_model("llama"), inputs("llama")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for size in (1, 2):
+        monkeypatch.setitem(AcceleratorState._shared_state, "parallelism_config", SimpleNamespace(**{field: size}))
+        if size == 1:
+            model(**arguments)
+    with pytest.raises(ValueError, match=f"`parallelism_config.{field}` must be 1, got 2"):
+        model(**arguments)
 
 
 def test_a_second_adapter_of_the_same_name_is_refused():
@@ -746,3 +779,14 @@ def test_without_peft_the_error_says_what_to_install():
     for name in ("RsaConfig", "add_rsa"):
         with pytest.raises(ImportError, match=f"`{name}` needs PEFT .*pip install 'modeling-rtransformer"):
             modeling_rtransformer.__getattr__(name)
+
+
+def test_the_script_of_the_document_runs_as_printed(tmp_path, monkeypatch, capsys):
+    document = Path(__file__).resolve().parent.parent / "docs" / "ADD_RSA.md"
+    [script] = [
+        code for code in re.findall(r"```python\n(.*?)```", document.read_text("utf-8"), re.S) if "Trainer" in code
+    ]
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    exec(compile(script, document.name, "exec"), {})
+    assert float(capsys.readouterr().out.split("accuracy at 192 positions:")[1].split()[0]) > 0.9
