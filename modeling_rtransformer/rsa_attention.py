@@ -214,7 +214,8 @@ def _refuse_split_sequences() -> None:
         size = getattr(settings, field, None) or 1
         if size > 1:
             raise ValueError(
-                f"`parallelism_config.{field}` must be 1, got {size}: sequences with RSA heads cannot be split over processes"
+                f"`parallelism_config.{field}` must be 1, got {size}: with RSA heads sequences cannot be split over "
+                "processes"
             )
 
 
