@@ -176,6 +176,11 @@ class RsaLayer(nn.Module, BaseTunerLayer):
             )
         super().set_adapter(names, inference_mode)
 
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        if adapter_name in self.rsa_encoding:  # the indices have been on the attention module's device from the start
+            encoding = self.rsa_encoding[adapter_name]
+            encoding.to(encoding.head_index.device if device is None else device)
+
     def active_encoding(self) -> RsaEncoding | None:
         """The REMs in use; None if no RSA adapter is active."""
         if not self.disable_adapters:

@@ -1,11 +1,21 @@
 """Tiny random models of real Transformers classes, for the tests of `add_rsa`, and an attention in plain loops."""
 
+import copy
+import functools
 import math
 
 import torch
 import transformers as hf
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+from modeling_rtransformer.rsa_attention import attention_sites, is_cross_attention
 
 
+# Three heads with a REM of different kinds, one of them dilated, and a plain one.
+HEADS = {"regular": 1, "first_cyclical": 0, "second_cyclical": 1, "dilated_first_cyclical": 1, "dilations": [2]}
+# The parameters of those three heads: the second and the third are pairs without their partners.
+LAYOUT = [("regular", 1, "eta", 0), ("second_cyclical", 1, "nu", 0), ("first_cyclical", 2, "nu", 1)]
 SIZE = {"vocab_size": 37, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 ENCODER = {**SIZE, "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -214,3 +224,43 @@ def open_gates(model, seed=2):
                 numbers = numbers * torch.tensor([(-1) ** (index + 1) for index in range(len(numbers))])
             with torch.no_grad():
                 parameter.copy_(numbers)
+
+
+def inject(model, **options):
+    """The adapter in the model itself, whatever versions of PEFT the adapters of Transformers need."""
+    from peft import inject_adapter_in_model
+
+    from modeling_rtransformer import RsaConfig
+
+    return inject_adapter_in_model(RsaConfig(**(options or HEADS)), model)
+
+
+def adapted(family, **options):
+    model = inject(build(family), **options)
+    open_gates(model)
+    return model
+
+
+@functools.cache
+def shared_model(family):
+    """A model that tests do not change."""
+    return adapted(family)
+
+
+def as_loops(model):
+    """The same model, its attention computed by loops that share no code with the package."""
+    model = copy.deepcopy(model)
+    for module in attention_sites(model).values():
+        module.config = module.config.base_config
+        module.rem_layout = LAYOUT
+        module._forward_pre_hooks.clear()
+    AttentionInterface.register("loops", loop_attention)
+    AttentionMaskInterface.register("loops", eager_mask)
+    for module in model.modules():
+        if isinstance(module, hf.PreTrainedModel):
+            module.config._attn_implementation = "loops"
+    for name, module in model.named_modules():
+        if is_cross_attention(name, module) and isinstance(getattr(module, "config", None), hf.PreTrainedConfig):
+            module.config = copy.copy(module.config)
+            module.config._attn_implementation = "eager"
+    return model
