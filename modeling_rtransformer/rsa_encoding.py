@@ -43,10 +43,11 @@ class VisibleKeys(NamedTuple):
     def matrix(self, length: int, is_causal: bool, device: torch.device) -> torch.Tensor:
         """The definition: `(B or 1, L, L)`, bool, True where the query of a row sees the key of a column."""
         positions = torch.arange(length, device=device)
-        distance = positions[:, None] - positions
-        visible = (distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool))[None]
+        visible = torch.ones(1, length, length, dtype=torch.bool, device=device)
+        if is_causal:
+            visible = visible & (positions[:, None] >= positions)
         if self.reach is not None:
-            visible = visible & (distance.abs() <= self.reach)
+            visible = visible & ((positions[:, None] - positions).abs() <= self.reach)
         if self.padding_mask is not None:
             visible = visible & self.padding_mask[:, None, :]
         if self.segment_ids is not None:
@@ -72,7 +73,7 @@ def read_visible_keys(visible: torch.Tensor, is_causal: bool) -> VisibleKeys | N
         return keys
     positions = torch.arange(length, device=device)
     distance = (positions[:, None] - positions).abs()
-    keys = keys._replace(reach=int(torch.where(rows, distance, 0).max()))
+    keys = keys._replace(reach=int(torch.where(rows.any(0), distance, 0).max()))
     return keys if torch.equal(keys.matrix(length, is_causal, device).expand_as(rows), rows) else None
 
 
