@@ -1,13 +1,15 @@
 """A Llama with RSA heads added by `add_rsa` against the same Llama: a training step and a decoded token."""
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from modeling_rtransformer import HAS_PEFT
+from modeling_rtransformer.library_versions import CACHE_NAME
 from scripts.benchmarks.measuring import Case
-from scripts.benchmarks.models import decode_one
+from scripts.benchmarks.models import decode_one, sizes
 
 
 LENGTH = 512
@@ -21,13 +23,11 @@ def build_models(size, device, small):
 
     from modeling_rtransformer import RsaConfig
 
-    if small:
-        size = 32
+    config = LlamaConfig(**sizes(32 if small else size, 4, 1000), max_position_embeddings=2 * LENGTH)
     models = []
     for has_rsa in (True, False):
         torch.manual_seed(0)
-        sizes = {"hidden_size": size, "intermediate_size": 4 * size, "num_hidden_layers": 4, "num_attention_heads": 8}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes, max_position_embeddings=2 * LENGTH))
+        model = LlamaForCausalLM(config)
         if has_rsa:
             inject_adapter_in_model(RsaConfig(regular=4, first_cyclical=2, second_cyclical=2), model)
             for name, parameter in model.named_parameters():
@@ -59,18 +59,16 @@ def build_decoding(size, device, small):
     for model in build_models(size, device, small):
         prompt = torch.randint(1000, (1, 24 if small else LENGTH), device=device)
         with torch.no_grad():
-            cache = model.eval()(prompt, use_cache=True, logits_to_keep=1).cache
+            cache = model.eval()(prompt, use_cache=True, logits_to_keep=1)[CACHE_NAME]
         functions.append(partial(decode_one, model, prompt[:, :1], cache))
     return tuple(functions)
 
 
-def cases(device_type: str) -> list[Case]:
-    found = []
+def cases(device_type: str) -> Iterator[Case]:
     for size, batch, training, decoding in SHAPES if HAS_PEFT else ():
         for padded in (False, True):
             name = f"training step with add_rsa, width {size}" + (", padded rows" if padded else "")
             build = partial(build_training_step, size, batch, padded)
-            found.append(Case(name, "the Llama alone", build, quantity="time", target=training))
+            yield Case(name, "the Llama alone", build, quantity="time", target=training)
         name = f"decoded token with add_rsa, width {size}"
-        found.append(Case(name, "the Llama alone", partial(build_decoding, size), quantity="time", target=decoding))
-    return found
+        yield Case(name, "the Llama alone", partial(build_decoding, size), quantity="time", target=decoding)
