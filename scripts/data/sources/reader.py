@@ -343,34 +343,32 @@ def _require(columns: Mapping[str, str], header: Sequence[str], path: str) -> No
             raise ValueError(f"`data`: {path} has {header.count(name)} columns {name!r}; rename one of them")
 
 
-def numbers(cells: pd.Series, decimal: str | None, where: str) -> pd.Series:
+def numbers(cells: pd.Series, decimal: str | None, where: str, remedy: str = "") -> pd.Series:
     """
     The numbers of a column, NaN where it is empty.
 
     Args:
-        cells: numbers, or their texts.
-        decimal: `.` or `,`; if None, `,` where no text has a point and one has other than three digits after a comma.
-        where: what the column is called in errors.
+        cells: numbers, or their texts; the index has their places.
+        decimal: `.` or `,`; if None, `,` where no text has a point and one has a comma that separates no thousands.
+        where, remedy: what the column is called in errors, and a further remedy.
 
     Raises:
-        ValueError: a cell is no number, with its row.
+        ValueError: a cell is no number, with its place.
     """
-    if not pd.api.types.is_numeric_dtype(cells):
-        texts = cells.map(lambda cell: cell if cell is None or isinstance(cell, str) else str(cell)).str.strip()
-        commas = texts.str.contains(",", na=False)
-        if decimal is None and commas.any() and not texts.str.contains(".", regex=False, na=False).any():
-            if texts.str.contains(r",(?!\d{3}$)", na=False).any():
-                decimal = ","
-                say(f"{where}: decimal comma")
-        if decimal == ",":
-            texts = texts.str.replace(",", ".", regex=False).where(~texts.str.contains(".", regex=False, na=False), "x")
-        found = pd.to_numeric(texts, errors="coerce")
-        bad = np.flatnonzero(found.isna() & texts.notna() & (texts.str.lower() != "nan"))
-        if len(bad):
-            remedy = "`data.decimal`" if commas.iloc[bad[0]] and decimal is None else "the cell in `data.na_values`"
-            raise ValueError(
-                f"{where} holds {cells.iloc[bad[0]]!r}, not a number, in {cells.index[bad[0]]}; correct it, or name "
-                f"{remedy}"
-            )
-        cells = found
-    return cells.astype(float)
+    texts = cells.map(str, na_action="ignore").str.strip()
+    comma, point = texts.str.contains(",", na=False), texts.str.contains(".", regex=False, na=False)
+    if decimal is None and comma.any() and not point.any():
+        if not texts[comma].str.fullmatch(r"[+-]?[1-9]\d{0,2}(,\d{3})+").all():
+            decimal = ","
+            say(f"{where}: decimal comma")
+    if decimal == ",":
+        texts = texts.str.replace(",", ".", regex=False).mask(point, "x")
+    found = pd.to_numeric(texts, errors="coerce")
+    bad = np.flatnonzero(found.isna() & texts.notna() & (texts.str.lower() != "nan"))
+    if len(bad):
+        setting = "`data.decimal`" if comma.iloc[bad[0]] and not point.iloc[bad[0]] else "the cell in `data.na_values`"
+        raise ValueError(
+            f"{where} holds {cells.iloc[bad[0]]!r}, not a number, in {cells.index[bad[0]]}; correct it, name {setting}"
+            f"{',' + remedy if remedy else ''}"
+        )
+    return found.astype(float)
