@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.import_utils import is_tracing
 
 from .classification import pool
 from .configuration_forecaster import RTransformerForecasterConfig
@@ -18,6 +19,15 @@ from .library_versions import BaseModelOutputWithPast
 from .modeling_rtransformer import RTransformerModel, RTransformerPreTrainedModel
 
 
+# Inputs of Transformers' forecasters that these models do not use: they would change nothing without a word.
+UNUSED_INPUTS = (
+    "past_observed_mask",
+    "future_observed_mask",
+    "past_time_features",
+    "future_time_features",
+    "static_categorical_features",
+    "static_real_features",
+)
 INSTANCE_NORM_EPS = 1e-5  # added to the variance of a channel, which may not change at all
 
 
@@ -37,6 +47,17 @@ class RTransformerTimeSeriesPredictionOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     loc: torch.FloatTensor | None = None
     scale: torch.FloatTensor | None = None
+
+
+def refuse_unused(inputs: dict[str, torch.Tensor | None]) -> None:
+    """Raise a ValueError for a mask or a covariate that the model would not use; a mask of ones says nothing."""
+    for name in UNUSED_INPUTS:
+        value = inputs.get(name)
+        if value is not None and not (name.endswith("mask") and value.all()):
+            raise ValueError(
+                f"`{name}` is not used by this model; leave it out, fill what was not observed, or give a covariate as "
+                "a channel of `past_values`"
+            )
 
 
 class RTransformerForecasterModel(RTransformerModel):
@@ -108,8 +129,10 @@ class RTransformerForTimeSeriesPrediction(RTransformerPreTrainedModel):
             `prediction_outputs` `(B, P, C)`, with `future_values` also the `loss`.
 
         Raises:
-            ValueError: values of another shape than the config asks for.
+            ValueError: values of another shape than the config asks for, past values on a CPU that are not finite, or
+                a mask or covariate of Transformers' forecasters (`UNUSED_INPUTS`).
         """
+        refuse_unused(kwargs)
         self._check(past_values, attention_mask, future_values)
         batch, length, channels = past_values.shape
         loc, scale = self._instance_statistics(past_values, attention_mask)
@@ -177,6 +200,8 @@ class RTransformerForTimeSeriesPrediction(RTransformerPreTrainedModel):
         if past.dim() != 3 or past.shape[1] < 1 or (features is not None and past.shape[2] != features):
             channels = "channels" if features is None else f"`num_input_features` = {features}"
             raise ValueError(f"`past_values` must have the shape (batch, length, {channels}), got {tuple(past.shape)}")
+        if past.device.type == "cpu" and not is_tracing(past) and not past.isfinite().all():
+            raise ValueError("`past_values` must be finite, got NaN or infinity; fill what was not observed")
         if attention_mask is not None and attention_mask.shape != past.shape[:2]:
             raise ValueError(
                 f"`attention_mask` must have the shape (batch, length) = {tuple(past.shape[:2])}, "
