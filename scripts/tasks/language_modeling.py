@@ -77,6 +77,9 @@ def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[
     """Tokenise the documents, join them into one stream a split and cut it into rows."""
     check(recipe, METRICS, compressors=COMPRESSORS, text=True, tokenizer=tokenizer)
     options, documents = recipe.task, recipe.load_data()
+    for split in splits:
+        if isinstance(documents[split], Dataset) and not any(row["text"] for row in documents[split]):
+            raise ValueError(f"the {split} split of `data` has no text; name files that hold some")
     if tokenizer is None:
         texts = islice((row["text"] for row in documents["train"]), recipe.tokenizer.max_texts)
         tokenizer = build_tokenizer(recipe.tokenizer, texts)

@@ -45,7 +45,7 @@ def load(options: Options) -> DatasetDict:
     if not paths["train"]:
         raise ValueError("`data.train` names no file; name one, or a list of them")
     given = {"columns": options.columns, "options": options.reading()}
-    first = {split: next(examples(names, **given), None) for split, names in paths.items() if names}
+    first = {split: next(examples(names, **given, pieces=True), None) for split, names in paths.items() if names}
     for split, example in first.items():
         if example is None:
             raise ValueError(f"the {split} split of `data` has no row ({', '.join(paths[split])})")

@@ -240,9 +240,17 @@ def require_rising(times: pd.Index, places: pd.Index, name: str, path: Path) -> 
             f"column {name!r} of {path.name!r}: {places[bad[0] + 1]} {problem} of the row before it; sort the rows by "
             "time and give each time once, or name the column of the series as `data.id_column`"
         )
-    even = len(set(steps.tolist())) < 2 or isinstance(times, pd.DatetimeIndex) and pd.infer_freq(times) is not None
-    if not even:
+    if len(set(steps.tolist())) > 1 and frequency_of(times) is None:
         say(f"{path.name}: the steps of {name!r} are uneven, from {steps.min()} to {steps.max()}; a row is one step")
+
+
+def frequency_of(times: pd.Index) -> pd.DateOffset | None:
+    """The step of dates that may have unlike lengths, such as months; None if there is no such step."""
+    if not isinstance(times, pd.DatetimeIndex) or len(times) < 3:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pandas will return the offset itself
+        return pd.tseries.frequencies.to_offset(pd.infer_freq(times))
 
 
 def _channel(cells: pd.Series, options: Options, path: Path) -> pd.Series:
