@@ -19,15 +19,6 @@ from .library_versions import BaseModelOutputWithPast
 from .modeling_rtransformer import RTransformerModel, RTransformerPreTrainedModel
 
 
-# Inputs of Transformers' forecasters that these models do not use: they would change nothing without a word.
-UNUSED_INPUTS = (
-    "past_observed_mask",
-    "future_observed_mask",
-    "past_time_features",
-    "future_time_features",
-    "static_categorical_features",
-    "static_real_features",
-)
 INSTANCE_NORM_EPS = 1e-5  # added to the variance of a channel, which may not change at all
 
 
@@ -47,17 +38,6 @@ class RTransformerTimeSeriesPredictionOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
     loc: torch.FloatTensor | None = None
     scale: torch.FloatTensor | None = None
-
-
-def refuse_unused(inputs: dict[str, torch.Tensor | None]) -> None:
-    """Raise a ValueError for a mask or a covariate that the model would not use; a mask of ones says nothing."""
-    for name in UNUSED_INPUTS:
-        value = inputs.get(name)
-        if value is not None and not (name.endswith("mask") and value.all()):
-            raise ValueError(
-                f"`{name}` is not used by this model; leave it out, fill what was not observed, or give a covariate as "
-                "a channel of `past_values`"
-            )
 
 
 class RTransformerForecasterModel(RTransformerModel):
@@ -129,10 +109,9 @@ class RTransformerForTimeSeriesPrediction(RTransformerPreTrainedModel):
             `prediction_outputs` `(B, P, C)`, with `future_values` also the `loss`.
 
         Raises:
-            ValueError: values of another shape than the config asks for, past values on a CPU that are not finite, or
-                a mask or covariate of Transformers' forecasters (`UNUSED_INPUTS`).
+            ValueError: values of another shape than the config asks for, or past values on a CPU that are not finite.
+            TypeError: an argument that the model does not use, such as Transformers' `past_observed_mask`.
         """
-        refuse_unused(kwargs)
         self._check(past_values, attention_mask, future_values)
         batch, length, channels = past_values.shape
         loc, scale = self._instance_statistics(past_values, attention_mask)

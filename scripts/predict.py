@@ -28,7 +28,7 @@ from scripts.data.sources.files import examples
 from scripts.data.sources.reader import ReaderOptions, find_files, say
 from scripts.data.sources.time_series import frequency_of, read_series
 from scripts.tasks.sequence_classification import REGRESSION, SEVERAL
-from scripts.training.checkpoints import load_model
+from scripts.training.checkpoints import load_model, saved_model
 from scripts.training.recipe import Recipe, add_overrides, read_recipe
 
 
@@ -116,6 +116,7 @@ PREDICT = {"sequence_classification": predict_texts, "forecasting": predict_seri
 def main(arguments: list[str] | None = None) -> dict:
     """Predict and write the table; what was written."""
     options = parse_arguments(arguments)
+    options.checkpoint = saved_model(options.checkpoint)
     try:
         recipe = read_recipe(options.checkpoint.resolve(), options.overrides)
         if recipe.task.name not in PREDICT:
