@@ -4,8 +4,8 @@ Metrics by name, each a function that returns a number.
 `METRIC_FUNCTIONS` has scikit-learn's accuracy, macro-averaged F1 (the mean over the classes), mean squared and absolute
 error and R2 (the share of the variance that is explained), and the functions of the `evaluate` modules in the folders
 beside this file. They are called directly: loading a module by `evaluate.load` writes to the home folder.
-`evaluate.load("scripts/metrics/perplexity")` works from a checkout without the network; docs/SHARING.md says how to share
-such a module.
+`evaluate.load("scripts/metrics/perplexity")` works from a checkout without the network; docs/SHARING.md says how to
+share such a module.
 """
 
 from functools import partial

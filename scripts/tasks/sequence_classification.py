@@ -6,6 +6,7 @@ of numbers are in the order of the numbers, others in that of the alphabet.
 """
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Literal
@@ -15,6 +16,7 @@ import pandas as pd
 import torch
 from datasets import ClassLabel, Dataset, List, Value
 from pydantic import PositiveInt
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 from torch.nn import functional as F
 from transformers import (
     AutoModelForSequenceClassification,
@@ -93,12 +95,15 @@ def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[
     return Prepared(
         auto_class=AutoModelForSequenceClassification,
         config_values={"problem_type": problem, **classes(names), **vocabulary(tokenizer)},
-        datasets={split: rows.add_column("label", targets[split], feature=kind) for split, rows in datasets.items()},
+        datasets={
+            split: rows.add_column("label", list(targets[split]), feature=kind) for split, rows in datasets.items()
+        },
         max_eval_rows=recipe.task.max_eval_rows,
         tokenizer=tokenizer,
         collator=default_data_collator if tokenizer is None else DataCollatorWithPadding(tokenizer),
         reduce_logits=partial(predictions, problem=problem),
         compute_metrics=partial(classification_metrics, metrics=recipe.report.metrics),
+        details=partial(class_details, names=names, problem=problem),
         compute_loss=None if weights is None else partial(weighted_loss, weights=weights),
     )
 
@@ -267,3 +272,19 @@ def predictions(logits: torch.Tensor, labels: torch.Tensor, problem: str = SINGL
 def classification_metrics(prediction: EvalPrediction, *, metrics: Sequence[str]) -> dict[str, float]:
     """The named metrics of the predictions."""
     return {name: float(METRIC_FUNCTIONS[name](prediction.label_ids, prediction.predictions)) for name in metrics}
+
+
+def class_details(prediction: EvalPrediction, *, names: Sequence[str], problem: str) -> dict[str, list]:
+    """Of each class precision, recall, F1 and rows; where a row has one class, also how many of each got which."""
+    if problem == REGRESSION:
+        return {}
+    places, (labels, found) = list(range(len(names))), (prediction.label_ids, prediction.predictions)
+    figures = precision_recall_fscore_support(labels, found, labels=places, zero_division=0)
+    kinds = ("precision", "recall", "f1", "rows")
+    table = [
+        {"class": name, **{kind: value.item() for kind, value in zip(kinds, row, strict=True)}}
+        for name, row in zip(names, zip(*figures, strict=True), strict=True)
+    ]
+    print(pd.DataFrame(table).round(3).to_string(index=False), file=sys.stderr)
+    matrix = {"confusion": confusion_matrix(labels, found, labels=places).tolist()} if problem == SINGLE else {}
+    return {"classes": table, **matrix}
