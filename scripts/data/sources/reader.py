@@ -21,6 +21,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import sys
 import zipfile
 import zlib
@@ -181,7 +182,7 @@ def open_binary(path: str | Path) -> Iterator[BinaryIO]:
         file.seek(0)
         if start.startswith(b"PK\x03\x04"):
             with zipfile.ZipFile(file) as archive:
-                names = [name for name in archive.namelist() if not name.endswith("/")]
+                names = [name for name in archive.namelist() if not name.endswith("/") and "__MACOSX" not in name]
                 if len(names) != 1:
                     raise ValueError(f"`data`: {path} must hold one file, got {', '.join(names[:9]) or 'none'}")
                 with archive.open(names[0]) as inside:
@@ -232,26 +233,31 @@ def _csv(file: BinaryIO, path: str, options: ReaderOptions, columns: Mapping[str
     head = text.read(HEAD)
     text.seek(0)
     usual = "\t" if suffixes(path) == ".tsv" else ","
-    delimiter = options.delimiter or delimiter_of(head, len(head) < HEAD, usual)
+    named = re.match(r"sep=(.)\r?\n", head)  # a first line that spreadsheets write
+    if named:
+        usual = named[1]
+        text.readline()
+    delimiter = options.delimiter or named and named[1] or delimiter_of(head, len(head) < HEAD, usual)
     if delimiter != usual and options.delimiter is None:
         say(f"{path}: delimiter {delimiter!r}")
     reader = csv.reader(text, delimiter=delimiter, strict=True)
     try:
         header = next(filter(None, reader), [])
         _require(columns, header, path)
-        empty, line = {"", *options.na_values}, reader.line_num
+        empty, skipped = {"", *options.na_values}, int(named is not None)
+        line = reader.line_num + skipped + 1  # the first one of the next row
         for row in reader:
             if row and len(row) != len(header):
                 raise ValueError(
-                    f"`data`: line {line + 1} of {path} has {len(row)} cells, and the header has {len(header)}; put "
+                    f"`data`: line {line} of {path} has {len(row)} cells, and the header has {len(header)}; put "
                     f"texts that hold {delimiter!r} into quotation marks, or name another `data.delimiter`"
                 )
             if row:
                 cells = (None if cell in empty else cell for cell in row)
-                yield f"line {line + 1}", dict(zip(header, cells, strict=True))
-            line = reader.line_num
+                yield f"line {line}", dict(zip(header, cells, strict=True))
+            line = reader.line_num + skipped + 1
     except csv.Error as error:
-        raise csv.Error(f"line {reader.line_num}: {error}") from error
+        raise csv.Error(f"line {reader.line_num + bool(named)}: {error}") from error
 
 
 def delimiter_of(head: str, complete: bool, usual: str) -> str:

@@ -13,6 +13,7 @@ value) becomes one channel a series.
 
 import contextlib
 import dataclasses
+import datetime
 import warnings
 from pathlib import Path
 from typing import Literal
@@ -35,6 +36,7 @@ SHA256 = {
 }
 STEPS_A_MONTH = {"ETTh1": 30 * 24, "ETTh2": 30 * 24, "ETTm1": 30 * 24 * 4, "ETTm2": 30 * 24 * 4}
 TIME_NAMES = {"", "index", "unnamed: 0", "__index_level_0__", "date", "datetime", "time", "timestamp", "ds", "epoch"}
+EPOCHS = 3e8  # seconds since 1970, or smaller units; a rising column of such numbers has times
 MONTHS = {"train": 12, "validation": 4, "test": 4}
 
 
@@ -104,6 +106,7 @@ def read_series(options: Options) -> pd.DataFrame:
     table = pd.DataFrame([row for _, row in read], index=[place for place, _ in read], dtype=object)
     if not len(table):
         raise ValueError(f"`data.file` {path.name!r} has no row")
+    table = table.drop(columns=[name for name in table if not str(name).strip() and table[name].isna().all()])
     settings = {"columns": options.columns or (), "time_column": options.time_column, "id_column": options.id_column}
     for setting, names in settings.items():
         for name in [names] if isinstance(names, str) else names or ():
@@ -147,22 +150,35 @@ def _require_header(table: pd.DataFrame, path: Path) -> None:
 
 
 def find_times(table: pd.DataFrame, options: Options) -> tuple[str | None, pd.Index | None]:
-    """The column of times and its dates or numbers; none if there is no such column."""
-    names = [name for name in table.columns if name not in (options.columns or ())]
-    for name in [options.time_column] if options.time_column else names:
-        cells = table[name]
-        named = options.time_column is not None or str(name).lower() in TIME_NAMES
-        values = pd.to_numeric(cells, errors="coerce") if cells.map(type).ne(pd.Timestamp).all() else None
-        if values is not None and values.notna().all():
-            if named or (name == table.columns[0] and _rises_evenly(values)):
-                return name, pd.Index(values)
-            continue
-        dates = _dates(cells)
+    """The column of times and its dates or numbers, dates before numbers; none if there is no such column."""
+    names = [options.time_column] if options.time_column else [n for n in table if n not in (options.columns or ())]
+    values = {name: _numeric(table[name]) for name in names}
+    for name in names:
+        dates = _dates(table[name]) if values[name] is None else None
         if dates is not None:
             return name, dates
-        if options.time_column:
-            raise ValueError(f"`data.time_column` {name!r} holds {cells.iloc[0]!r}, neither a date nor a number")
+    for name in names:
+        if values[name] is None:
+            continue
+        named = options.time_column is not None or str(name).lower() in TIME_NAMES
+        likely = name == table.columns[0] or any(
+            part in str(name).lower() for part in ("time", "date", "epoch", "unix")
+        )
+        epochs = bool((values[name] > EPOCHS).all()) and values[name].is_monotonic_increasing
+        if named or likely and (epochs or _rises_evenly(values[name])):
+            return name, pd.Index(values[name])
+    if options.time_column:
+        cell = table[options.time_column].iloc[0]
+        raise ValueError(f"`data.time_column` {options.time_column!r} holds {cell!r}, neither a date nor a number")
     return None, None
+
+
+def _numeric(cells: pd.Series) -> pd.Series | None:
+    """The cells as numbers; None if one of them is no number."""
+    if cells.map(lambda cell: isinstance(cell, datetime.date)).any():
+        return None
+    values = pd.to_numeric(cells, errors="coerce")
+    return None if values.isna().any() else values
 
 
 def _rises_evenly(values: pd.Series) -> bool:
@@ -185,8 +201,8 @@ def _dates(cells: pd.Series) -> pd.DatetimeIndex | None:
 
 def is_counter(cells: pd.Series, name: str, path: Path) -> bool:
     """Whether a column only counts the rows; says so."""
-    values = pd.to_numeric(cells, errors="coerce") if cells.map(type).ne(pd.Timestamp).all() else pd.Series([np.nan])
-    counts = bool(values.notna().all()) and _rises_evenly(values)
+    values = _numeric(cells)
+    counts = values is not None and _rises_evenly(values)
     if counts:
         say(f"{path.name}: column {name!r} counts the rows and is no channel; name it as `data.columns` if it is one")
     return counts
