@@ -7,8 +7,12 @@ import bz2
 import gzip
 import json
 import lzma
+import os
 import random
+import subprocess
+import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -16,9 +20,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForTimeSeriesPrediction, DataCollatorForLanguageModeling
 
+import scripts.baselines  # noqa: F401  registers the linear forecaster
+from modeling_rtransformer import RTransformerForCausalLM, RTransformerForSequenceClassification
 from scripts import evaluate, predict, train
 from scripts.data.sources import files, time_series
+from scripts.data.tokenization import Options as TokenizerOptions
+from scripts.data.tokenization import build_tokenizer
 from scripts.tasks.sequence_classification import (
     REGRESSION,
     SEVERAL,
@@ -32,7 +41,13 @@ from scripts.tasks.sequence_classification import (
     problem_type,
     weighted_loss,
 )
-from tests.tiny_recipe import CLASSIFICATION, write_recipe
+from tests.conftest import tiny_config
+from tests.test_forecasting import FORECASTER
+from tests.test_forecasting import TRAINING as FORECASTING
+from tests.tiny_recipe import CLASSIFICATION, LANGUAGE_MODELING, write_recipe, write_text
+
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 TEXTS = [f"text number {n} about things" for n in range(40)]
@@ -73,6 +88,14 @@ class TestTables:
     def test_a_comma_in_a_column_of_decimal_commas_is_no_delimiter(self, tmp_path):
         (tmp_path / "t.csv").write_text("body;kind\n" + "a, b, c;1,5\nd, e;2,5\n" * 9)
         assert everything(load(tmp_path / "t.csv"))[0] == ("a, b, c", "1,5")
+
+    def test_a_first_line_of_spreadsheets_names_the_delimiter(self, tmp_path):
+        content = table(tmp_path / "t.csv", delimiter="|").read_text()
+        (tmp_path / "t.csv").write_text("sep=|\n" + content + "x\n")
+        with pytest.raises(ValueError, match="line 43 of .*t.csv has 1 cells, and the header has 2"):
+            load(tmp_path / "t.csv")
+        (tmp_path / "t.csv").write_text("sep=|\n" + content)
+        assert len(everything(load(tmp_path / "t.csv"))) == 40
 
     @pytest.mark.parametrize(("row", "count"), [("hello, dear,a", 3), ("hello", 1)])
     def test_a_row_with_more_or_fewer_cells_is_refused_by_its_line(self, tmp_path, row, count):
@@ -356,6 +379,22 @@ class TestSeries:
         found = series(tmp_path / "t.csv")
         assert list(found.columns) == ["a", "b"] and found.index.tolist() == (3600 * np.arange(9)).tolist()
 
+    def test_epochs_may_rise_unevenly(self, tmp_path):
+        times = [1_700_000_000, 1_700_000_060, 1_700_000_200, 1_700_000_300]
+        pd.DataFrame({"a": [1, 0, 2, 5], "unix_s": times}).to_csv(tmp_path / "t.csv", index=False)
+        found = series(tmp_path / "t.csv")
+        assert list(found.columns) == ["a"] and found.index.tolist() == times
+
+    def test_an_empty_column_behind_a_last_delimiter_is_no_channel(self, tmp_path):
+        (tmp_path / "t.csv").write_text("a;b;\n1;2;\n0;4;\n")
+        assert list(series(tmp_path / "t.csv").columns) == ["a", "b"]
+
+    def test_a_date_goes_before_an_index(self, tmp_path):
+        days = pd.date_range("2024-01-01", periods=5)
+        pd.DataFrame({"day": days, "a": [1, 0, 2, 5, 1]}).to_csv(tmp_path / "t.csv")
+        found = series(tmp_path / "t.csv")
+        assert list(found.columns) == ["a"] and found.index.tolist() == days.tolist()
+
     def test_a_column_that_counts_the_rows_is_no_channel_unless_it_is_named(self, tmp_path, capsys):
         pd.DataFrame({"a": [3.5, 1, 2, 0], "row": range(4)}).to_csv(tmp_path / "t.csv", index=False)
         assert list(series(tmp_path / "t.csv").columns) == ["a"]
@@ -483,8 +522,18 @@ class TestRuns:
 
     def test_stars_stay_stars_and_new_texts_are_predicted(self, tmp_path):
         path = table(tmp_path / "t.csv", labels=[n % 5 + 1 for n in range(40)])
-        run(recipe_of(tmp_path, path), tmp_path, "task.class_weights=balanced")
+        recipe = recipe_of(tmp_path, path)
+        result = run(recipe, tmp_path, "task.class_weights=balanced")
         final = tmp_path / "run" / "final"
+        assert [row["class"] for row in result["classes"]] == list("12345")
+        assert np.sum(result["confusion"], axis=1).tolist() == [row["rows"] for row in result["classes"]]
+        assert np.trace(result["confusion"]) / 8 == result["metrics"]["test"]["accuracy"]
+        assert np.mean([row["f1"] for row in result["classes"]]) == pytest.approx(result["metrics"]["test"]["f1"])
+        assert (final / "confusion.png").is_file()
+        scored = evaluate.main([str(tmp_path / "run")])  # a run in place of its final/
+        assert scored["metrics"] == pytest.approx(result["metrics"]["test"])
+        with pytest.raises(SystemExit, match="holds a trained model, and train makes a new one; go on with it by"):
+            train.main([str(final), "--output-dir", str(tmp_path / "again")])
         config = json.loads((final / "config.json").read_text())
         assert config["id2label"] == {str(n): str(n + 1) for n in range(5)}
         pd.DataFrame({"body": ["things", "about 3"]}).to_csv(tmp_path / "new.csv", index=False)
@@ -515,3 +564,176 @@ class TestRuns:
         )  # fmt: skip
         with pytest.raises(SystemExit, match="the train split of `data` has no text"):
             run(recipe, tmp_path)
+
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [
+            ('report_to=["wandb"]', "`training.report_to` names wandb, whose package is not installed"),
+            ("optim=adamw_bnb_8bit", "`training.optim`: .*bitsandbytes"),
+            ("deepspeed=ds.json", "eepspeed"),
+        ],
+    )
+    def test_options_without_their_package_are_refused_before_the_data_are_read(self, tmp_path, setting, message):
+        recipe = recipe_of(tmp_path, tmp_path / "missing.csv")
+        with pytest.raises(SystemExit, match=message):
+            run(recipe, tmp_path, f"training.{setting}")
+
+    def test_a_saved_tokenizer_is_used(self, tmp_path):
+        build_tokenizer(TokenizerOptions("byte_bpe", vocab_size=300), TEXTS).save_pretrained(tmp_path / "tokenizer")
+        name = f"tokenizer={{kind='pretrained', name='{tmp_path / 'tokenizer'}'}}"
+        run(recipe_of(tmp_path, table(tmp_path / "t.csv")), tmp_path, name)
+        assert json.loads((tmp_path / "run" / "final" / "config.json").read_text())["vocab_size"] <= 300
+
+    def test_a_home_that_cannot_be_written_and_another_terminal_cost_nothing(self, tmp_path):
+        write_text(tmp_path)
+        recipe = write_recipe(tmp_path, LANGUAGE_MODELING, tmp_path / "corpus.txt")
+        (tmp_path / "corpus.txt").write_text("größe Ωmega\n" * 300)
+        environment = {**os.environ, "HOME": "/proc/nonexistent", "PYTHONIOENCODING": "latin-1"}
+        for name in ("HF_HOME", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "TRITON_CACHE_DIR"):
+            environment.pop(name, None)
+
+        def script(*arguments):
+            command = [sys.executable, "-m", *arguments]
+            return subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, encoding="latin-1", check=False
+            )
+
+        trained = script(
+            "scripts.train", str(recipe), "--output-dir", str(tmp_path / "run"), "--set", "training.max_steps=4"
+        )
+        assert trained.returncode == 0, trained.stderr[-2000:]
+        written = script("scripts.generate", str(tmp_path / "run"), "--prompt", "Ω", "--max-new-tokens", "5")
+        assert written.returncode == 0 and "\\u03a9" in written.stdout, written.stderr[-2000:]
+
+
+class TestSeriesRuns:
+    def test_a_forecast_goes_on_in_the_units_and_times_of_the_table(self, tmp_path):
+        hours = pd.date_range("2024-01-01", periods=200, freq="h", name="when")
+        frame = pd.DataFrame(
+            {"a": 300 + np.sin(np.arange(200) / 3), "b": 1e-3 * np.cos(np.arange(200) / 5)}, index=hours
+        )
+        frame.to_csv(tmp_path / "t.csv", sep=";", decimal=",")
+        recipe = write_recipe(tmp_path, FORECASTING, tmp_path / "t.csv", **FORECASTER)
+        result = run(recipe, tmp_path)
+        config = json.loads((tmp_path / "run" / "final" / "config.json").read_text())
+        assert config["channel_names"] == ["a", "b"]
+        np.testing.assert_allclose(config["channel_means"], frame[:140].mean())
+        np.testing.assert_allclose(config["channel_deviations"], frame[:140].std(ddof=0))
+        predict.main([str(tmp_path / "run"), str(tmp_path / "t.csv"), "--output", str(tmp_path / "p.csv")])
+        found = pd.read_csv(tmp_path / "p.csv", index_col="when", parse_dates=True)
+        assert found.index.tolist() == pd.date_range(hours[-1], periods=4, freq="h")[1:].tolist()
+        assert found["a"].between(295, 305).all() and (found["b"].abs() < 0.01).all()
+        in_units = evaluate.main([str(tmp_path / "run"), "--set", "task.units=table"])["metrics"]
+        scale = np.square(config["channel_deviations"]).max() / 2
+        assert in_units["mse"] != pytest.approx(result["metrics"]["test"]["mse"], rel=1e-3)
+        assert in_units["mse"] < 2 * scale * 2 * result["metrics"]["test"]["mse"] + 1e-9
+
+    def test_a_channel_that_changes_by_rounding_alone_is_refused(self, tmp_path):
+        values = np.full(200, 0.1)
+        values[::2] += 1e-17
+        values[150:] = 5.0
+        pd.DataFrame({"a": np.arange(200) % 7, "b": values}).to_csv(tmp_path / "t.csv", index=False)
+        recipe = write_recipe(tmp_path, FORECASTING, tmp_path / "t.csv", **FORECASTER)
+        with pytest.raises(SystemExit, match="column 'b' never changes in the training part"):
+            run(recipe, tmp_path)
+
+    @pytest.mark.parametrize("kind", ["rtransformer_forecaster", "linear_forecaster"])
+    def test_masks_and_covariates_are_refused_and_so_are_pasts_that_are_not_finite(self, kind):
+        config = AutoConfig.for_model(kind, prediction_length=3, context_length=12)
+        model = AutoModelForTimeSeriesPrediction.from_config(config)
+        past = torch.ones(2, 12, 1)
+        for name in ("past_observed_mask", "past_time_features", "future_time_features"):
+            with pytest.raises(TypeError, match=f"`{name}` is not an argument of this model"):
+                model(past_values=past, **{name: torch.zeros_like(past)})
+        if kind == "rtransformer_forecaster":
+            with pytest.raises(ValueError, match="`past_values` must be finite"):
+                model(past_values=past * float("nan"))
+
+
+class TestLabelsOfAModel:
+    """Labels in the types in which people have them, given to the head itself."""
+
+    @staticmethod
+    def loss(labels, **fields):
+        torch.manual_seed(0)
+        model = RTransformerForSequenceClassification(tiny_config(**fields)).eval()
+        return model(input_ids=torch.arange(8).view(4, 2), labels=labels).loss
+
+    def test_zeros_and_ones_are_several_labels(self):
+        fields = {"num_labels": 3, "problem_type": "multi_label_classification"}
+        labels = torch.tensor([[1, 0, 1]] * 4)
+        assert self.loss(labels, **fields) == self.loss(labels.float(), **fields) == self.loss(labels.bool(), **fields)
+        with pytest.raises(ValueError, match=r"must have the shape \(batch, `num_labels` = 3\).* got \(4,\)"):
+            self.loss(torch.zeros(4, dtype=torch.long), **fields)
+
+    def test_several_labels_without_their_problem_type_are_refused(self):
+        with pytest.raises(ValueError, match=r"shape \(batch,\), got \(4, 3\); .* multi_label_classification"):
+            self.loss(torch.tensor([[1, 0, 1]] * 4), num_labels=3)
+
+    def test_true_and_false_are_two_classes(self):
+        labels = torch.tensor([True, False, True, True])
+        assert self.loss(labels, num_labels=2) == self.loss(labels.long(), num_labels=2)
+
+    def test_integers_are_targets_of_a_regression(self):
+        fields = {"num_labels": 1, "problem_type": "regression"}
+        labels = torch.tensor([3, 1, 2, 5])
+        assert self.loss(labels, **fields) == self.loss(labels.float(), **fields)
+
+
+class TestLanguageModels:
+    @pytest.fixture
+    def model(self):
+        return RTransformerForCausalLM(tiny_config(pad_token_id=0)).eval()
+
+    def test_prompts_padded_on_either_side_go_on_alike(self, model):
+        ids = torch.tensor([[5, 6, 7, 8], [9, 10, 0, 0]])
+        mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+        settings = {"max_new_tokens": 4, "do_sample": False}
+        right = model.generate(ids, attention_mask=mask, **settings)[:, 4:]
+        left = model.generate(
+            ids.gather(1, torch.tensor([[0, 1, 2, 3], [2, 3, 0, 1]])), attention_mask=mask.flip(1), **settings
+        )
+        alone = model.generate(ids[1:, :2], attention_mask=mask[1:, :2], **settings)[:, 2:]
+        assert right.tolist() == left[:, 4:].tolist() and right[1:].tolist() == alone.tolist()
+
+    @pytest.mark.parametrize("kind", ["word", "character", "byte_bpe"])
+    def test_stop_strings_work_with_every_tokenizer(self, kind):
+        vocabulary = {"vocab_size": 300} if kind == "byte_bpe" else {}
+        tokenizer = build_tokenizer(TokenizerOptions(kind, **vocabulary), ["the cat sat on the mat"] * 3)
+        model = RTransformerForCausalLM(tiny_config(vocab_size=len(tokenizer))).eval()
+        target = tokenizer(" cat" if kind == "word" else "cat", add_special_tokens=False)["input_ids"]
+        answer = iter([*tokenizer("sat", add_special_tokens=False)["input_ids"], *target, *[target[0]] * 20])
+
+        def say(input_ids, scores):
+            scores = torch.full_like(scores, -1e9)
+            scores[:, next(answer)] = 0
+            return scores
+
+        prompt = tokenizer("the", return_tensors="pt", add_special_tokens=False).input_ids
+        out = model.generate(
+            prompt,
+            stop_strings=["cat"],
+            tokenizer=tokenizer,
+            logits_processor=[say],
+            max_new_tokens=20,
+            do_sample=False,
+        )
+        assert tokenizer.decode(out[0]).endswith("cat") and tokenizer.decode(out[0]).count("cat") == 1
+
+    def test_an_empty_prompt_is_refused(self, model):
+        with pytest.raises(ValueError, match=r"`input_ids` must have at least one position, got the shape \(1, 0\)"):
+            model(input_ids=torch.zeros(1, 0, dtype=torch.long))
+
+    def test_our_tokenizers_pad_so_that_a_loss_does_not_depend_on_the_batch(self):
+        texts = ["abc on the mat", "a cat"]
+        tokenizer = build_tokenizer(TokenizerOptions("character"), texts)
+        model = RTransformerForCausalLM(tiny_config(vocab_size=len(tokenizer), pad_token_id=0)).eval()
+        batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)([tokenizer(text) for text in texts])
+        rows = [tokenizer(text, return_tensors="pt") for text in texts]
+        alone = sum(model(**row, labels=row["input_ids"]).loss * (row["input_ids"].shape[1] - 1) for row in rows)
+        targets = sum(row["input_ids"].shape[1] - 1 for row in rows)
+        torch.testing.assert_close(model(**batch).loss, alone / targets)
+
+    def test_a_script_without_spaces_between_words_is_said(self):
+        with pytest.warns(UserWarning, match="`tokenizer.kind` word divides text at white space"):
+            build_tokenizer(TokenizerOptions("word"), ["今天天气很好\n"] * 60)
