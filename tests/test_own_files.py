@@ -448,6 +448,12 @@ class TestSeries:
         with pytest.raises(ValueError, match="repeats the time of a series in line 42"):
             series(tmp_path / "t.csv", id_column="unique_id")
 
+    def test_hours_beside_days_are_no_series(self, tmp_path):
+        lines = [f"2024-01-0{day},{hour:02}:00,{hour % 5}\n" for day in (1, 2) for hour in range(24)]
+        (tmp_path / "t.csv").write_text("date,time,a\n" + "".join(lines))
+        with pytest.raises(ValueError, match="column 'date' of 't.csv': line 3 repeats the time of the row before it"):
+            series(tmp_path / "t.csv")
+
     @pytest.mark.parametrize("suffix", ["csv", "csv.gz", "parquet", "json", "jsonl"])
     def test_every_format_gives_the_same_series(self, tmp_path, suffix):
         frame = pd.DataFrame({"date": pd.date_range("2024", periods=9), "a": np.arange(9) / 8, "b": [1, 3] * 4 + [2]})

@@ -279,7 +279,7 @@ def test_what_is_scored_during_training_is_spread_over_the_split(kind, rows, pla
             "`report.metrics` of sequence_classification are of .*'f2'; did you mean `f1`",
         ),
         ('report.compressors=["gzip"]', "`report.compressors` is for language_modeling"),
-        ("data.label_column=sort", "`data.label_column` is 'sort', but the train split has the columns body, kind"),
+        ("data.label_column=sort", "`data.label_column` is 'sort', but .*table.csv has the columns body, kind"),
         ('task.labels=["apple", "bread"]', "label 'cheese' in row .* is outside the 2 classes"),
         ("task.max_length=0", "`task.max_length` must be greater than 0, or left out, got 0"),
         ("task.max_eval_rows=0", "`task.max_eval_rows` must be greater than 0, or left out, got 0"),

@@ -193,7 +193,8 @@ def _dates(cells: pd.Series) -> pd.DatetimeIndex | None:
     found = []
     for settings in ({"format": "ISO8601"}, {"format": "ISO8601", "utc": True}, {}, {"dayfirst": True}):
         with warnings.catch_warnings(), contextlib.suppress(ValueError, TypeError, UserWarning):
-            warnings.simplefilter("error")  # where pandas would guess the format of each cell
+            warnings.simplefilter("ignore")
+            warnings.filterwarnings("error", message="Could not infer format")  # pandas would guess each cell's
             found.append(pd.DatetimeIndex(pd.to_datetime(cells, **settings)))
     rising = [dates for dates in found if dates.is_monotonic_increasing]
     return next(iter(rising or found), None)
@@ -216,7 +217,7 @@ def find_series(table: pd.DataFrame, time: str | None, times: pd.Index | None, o
         return options.id_column
     for name in table.columns:
         texts = table[name].map(lambda cell: isinstance(cell, str)).all()
-        texts = texts and pd.to_numeric(table[name], errors="coerce").isna().all()
+        texts = texts and pd.to_numeric(table[name], errors="coerce").isna().all() and _dates(table[name]) is None
         if name != time and texts and not pd.MultiIndex.from_arrays([table[name], times]).has_duplicates:
             say(f"{name!r} names the series, one channel each")
             return name
