@@ -51,6 +51,31 @@ def pool(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, is_ca
     return (hidden_states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True).clamp(min=1)
 
 
+def fitting_labels(labels: torch.Tensor, config: PreTrainedConfig) -> torch.Tensor:
+    """
+    Labels of sequences in the type that the loss of `config.problem_type` takes, which may be None for any.
+
+    Raises:
+        ValueError: several labels a row without that problem type, or that problem type with other labels.
+    """
+    several = labels.dim() > 1 and labels.shape[-1] == config.num_labels > 1
+    if config.problem_type == "multi_label_classification":
+        if not several:
+            raise ValueError(
+                f"`labels` must have the shape (batch, `num_labels` = {config.num_labels}) for `problem_type` "
+                f"multi_label_classification, got {tuple(labels.shape)}"
+            )
+        return labels.float()
+    if config.problem_type == "regression":
+        return labels.float()
+    if several and not labels.is_floating_point():
+        raise ValueError(
+            f"`labels` must have the shape (batch,), got {tuple(labels.shape)}; for several labels a row set "
+            "`problem_type` to multi_label_classification"
+        )
+    return labels.long() if labels.dtype == torch.bool else labels
+
+
 class LabelScores:
     """A projection to the labels."""
 
@@ -93,6 +118,8 @@ class SequenceClassificationHead(LabelScores):
             `logits` `(B, num_labels)`, with `labels` also the `loss`: the mean over the labels or, with
             `num_items_in_batch`, as `Trainer` gives it where it accumulates gradients, the sum divided by it.
         """
+        if labels is not None:
+            labels = fitting_labels(labels, self.config)
         if labels is not None and self.config.problem_type in (None, "single_label_classification"):
             if self.num_labels > 1 and not labels.is_floating_point():
                 check_ids("labels", labels, self.num_labels, "`num_labels`")

@@ -48,6 +48,9 @@ class RTransformerForecasterConfig(RTransformerConfig):
             Add a linear map over time, one for all channels, from the past to the horizon, with which the model begins
             (NLinear of Zeng et al. 2023 with `instance_norm` `"last"`); needs `context_length`.
         forecast_loss (`str`, defaults to `"mse"`): `"mse"`, or `"huber"` with its corner at 1.
+        channel_names, channel_means, channel_deviations (`list`, *optional*):
+            Of each channel of the table that the model was trained on: its name, and the mean and standard deviation of
+            its training part. The model reads and gives `(value - mean) / deviation`; it does not apply them itself.
 
     Raises:
         ValueError: a value out of range or an unknown name, with the field, the value and what would be right.
@@ -78,6 +81,9 @@ class RTransformerForecasterConfig(RTransformerConfig):
     forecast_head: str = "pooled"
     linear_shortcut: bool = False
     forecast_loss: str = "mse"
+    channel_names: list[str] | None = None
+    channel_means: list[float] | None = None
+    channel_deviations: list[float] | None = None
 
     def validate_architecture(self) -> None:
         """Check every field against the others. Called by the strict dataclass; raises ValueError."""

@@ -48,6 +48,8 @@ def embed_inputs(
             f"(`num_input_features` is {config.num_input_features}), got {' and '.join(given) or 'neither'}"
         )
     [(name, values)] = given.items()
+    if values.dim() > 1 and values.shape[1] == 0:
+        raise ValueError(f"`{name}` must have at least one position, got the shape {tuple(values.shape)}")
     if name == "input_ids":
         check_ids("input_ids", values, config.vocab_size, "`vocab_size`")
         return model.embed_tokens(values)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.generation import ContinuousBatchingManager, GenerationMixin
+from transformers.generation import ContinuousBatchingManager, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple, logging
@@ -61,13 +61,42 @@ class LanguageModelHead:
         )
 
 
+class StopText(StoppingCriteria):
+    """Stops a row when its last token completes one of some texts in what the tokenizer decodes."""
+
+    def __init__(self, tokenizer, texts: str | list[str]):
+        self.tokenizer = tokenizer
+        self.texts = [texts] if isinstance(texts, str) else list(texts)
+        self.tokens = 1 + max(map(len, self.texts))  # of which the text may be made
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        stopped = []
+        for row in input_ids[:, -self.tokens - 1 :].tolist():
+            before, now = self.tokenizer.decode(row[:-1]), self.tokenizer.decode(row)
+            stopped.append(any(now.count(text) > before.count(text) for text in self.texts))
+        return torch.tensor(stopped, device=input_ids.device)
+
+
 class CausalLMHead(LanguageModelHead):
     """
     A causal language model: the next token's logits at each position. `GenerationMixin` stands behind the system's
     `PreTrainedModel` among the base classes.
     """
 
-    generate = accepts_both_cache_names(GenerationMixin.generate)
+    @accepts_both_cache_names
+    def generate(self, inputs: torch.Tensor | None = None, *arguments, **options):
+        """
+        As `GenerationMixin.generate`. Prompts that are padded behind their end are padded before their beginning first,
+        and `stop_strings` work with every tokenizer: Transformers' own criterion needs one that can spell "abcdef".
+        """
+        ids, mask = options.pop("input_ids", None) if inputs is None else inputs, options.get("attention_mask")
+        if ids is not None and mask is not None and mask.shape == ids.shape and not mask[:, -1].all():
+            order = mask.bool().long().argsort(dim=1, stable=True)
+            ids, options["attention_mask"] = ids.gather(1, order), mask.gather(1, order)
+        if options.get("stop_strings") and options.get("tokenizer") is not None:
+            stop = StopText(options["tokenizer"], options.pop("stop_strings"))
+            options["stopping_criteria"] = StoppingCriteriaList([*(options.get("stopping_criteria") or ()), stop])
+        return super().generate(ids, *arguments, **options)
 
     def init_continuous_batching(self, *args, **kwargs) -> ContinuousBatchingManager:
         """As in Transformers; a NotImplementedError where a model remembers more than keys and values."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.import_utils import is_tracing
 
 from .classification import pool
 from .configuration_forecaster import RTransformerForecasterConfig
@@ -108,7 +109,8 @@ class RTransformerForTimeSeriesPrediction(RTransformerPreTrainedModel):
             `prediction_outputs` `(B, P, C)`, with `future_values` also the `loss`.
 
         Raises:
-            ValueError: values of another shape than the config asks for.
+            ValueError: values of another shape than the config asks for, or past values on a CPU that are not finite.
+            TypeError: an argument that the model does not use, such as Transformers' `past_observed_mask`.
         """
         self._check(past_values, attention_mask, future_values)
         batch, length, channels = past_values.shape
@@ -177,6 +179,8 @@ class RTransformerForTimeSeriesPrediction(RTransformerPreTrainedModel):
         if past.dim() != 3 or past.shape[1] < 1 or (features is not None and past.shape[2] != features):
             channels = "channels" if features is None else f"`num_input_features` = {features}"
             raise ValueError(f"`past_values` must have the shape (batch, length, {channels}), got {tuple(past.shape)}")
+        if past.device.type == "cpu" and not is_tracing(past) and not past.isfinite().all():
+            raise ValueError("`past_values` must be finite, got NaN or infinity; fill what was not observed")
         if attention_mask is not None and attention_mask.shape != past.shape[:2]:
             raise ValueError(
                 f"`attention_mask` must have the shape (batch, length) = {tuple(past.shape[:2])}, "

@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, TrainingArguments
 
 from scripts.results.provenance import provenance
-from scripts.training.checkpoints import load_model
+from scripts.training.checkpoints import load_model, saved_model
 from scripts.training.recipe import add_overrides, read_recipe
 from scripts.training.trainer import make_trainer, score
 
@@ -35,6 +35,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict:
     """Score; the result."""
     options = parse_arguments(arguments)
+    options.checkpoint = saved_model(options.checkpoint)
     try:
         recipe = read_recipe(options.checkpoint.resolve(), options.overrides)
         if options.split == "train" and getattr(recipe.data, "streaming", False):
@@ -49,13 +50,14 @@ def main(arguments: list[str] | None = None) -> dict:
         kept = ("per_device_eval_batch_size", "use_cpu", "bf16", "bf16_full_eval", "dataloader_num_workers")
         settings = {name: value for name, value in recipe.training.items() if name in kept}
         trainer = make_trainer(model, TrainingArguments(output_dir=folder, **settings), prepared)
-        metrics, _ = score(trainer, prepared, options.split, recipe.report.metrics)
+        metrics, _, details = score(trainer, prepared, options.split, recipe.report.metrics)
     return {
         "checkpoint": options.checkpoint.name,
         "split": options.split,
         "metrics": metrics | prepared.compare(options.split),
         "overrides": options.overrides,
         "parameters": model.num_parameters(),
+        **details,
         **provenance(),
     }
 

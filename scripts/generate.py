@@ -12,12 +12,13 @@ import argparse
 import json
 import sys
 import time
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import modeling_rtransformer  # noqa: F401 - registers the model type
-from scripts.training.checkpoints import load_model
+from scripts.training.checkpoints import load_model, saved_model
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -41,6 +42,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def generate(options: argparse.Namespace) -> dict:
     """Continue the prompt; the result."""
+    if Path(options.checkpoint).is_dir():
+        options.checkpoint = str(saved_model(options.checkpoint))
     tokenizer = AutoTokenizer.from_pretrained(options.checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_model(AutoModelForCausalLM, options.checkpoint).eval().to(device)
@@ -81,6 +84,7 @@ def main(arguments: list[str] | None = None) -> dict:
         result = generate(options)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal's encoding may lack characters
     print(options.prompt + result["completion"])
     return result
 

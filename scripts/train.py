@@ -32,7 +32,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArgumen
 
 from scripts.data.streaming import StreamedWindows, StreamError, StreamState
 from scripts.push_to_hub import push
-from scripts.results.plots import curve, plot_curve
+from scripts.results.plots import curve, plot_confusion, plot_curve
 from scripts.results.provenance import provenance
 from scripts.sharing.upload import PushError
 from scripts.tasks.prepared import Prepared
@@ -49,8 +49,8 @@ from scripts.training.launch import (
     whole_model,
 )
 from scripts.training.profiling import ProfileCallback
-from scripts.training.recipe import Recipe, add_overrides, read_recipe
-from scripts.training.trainer import RecipeTrainer, make_trainer, score
+from scripts.training.recipe import Recipe, add_overrides, read_recipe, recipe_folder
+from scripts.training.trainer import RecipeTrainer, make_trainer, require_packages, score
 
 
 SMALLER_IS_BETTER = {"bits_per_character", "perplexity", "nats_per_frame", "mse", "mae"}
@@ -103,6 +103,11 @@ def prepare(options: argparse.Namespace) -> Run:
         ValueError, OSError: a setting, the data, the output folder or the launch settings are not valid.
     """
     recipe = read_recipe(options.recipe, options.overrides)
+    if any(recipe_folder(options.recipe).glob("*.safetensors")):
+        raise ValueError(
+            f"recipe {options.recipe!r} holds a trained model, and train makes a new one; go on with it by --resume, "
+            "train it further with `Trainer`, or copy config.json and training.toml to a folder of their own"
+        )
     budget = TimeBudget(recipe.budget.max_seconds, recipe.budget.clock, recipe.budget.total_seconds)
     output_dir = options.output_dir or Path("runs") / recipe.name
     checkpoint = prepare_output(output_dir, options.resume)
@@ -111,6 +116,7 @@ def prepare(options: argparse.Namespace) -> Run:
     metric = recipe.report.metrics[0]
     settings = {"metric_for_best_model": metric, "greater_is_better": metric not in SMALLER_IS_BETTER}
     args = TrainingArguments(str(output_dir), **{**settings, **recipe.training})
+    require_packages(args)
     set_up(args, options.resume, checkpoint)
     averages = average_callbacks(recipe.averaging.decay, args, checkpoint)
     with args.main_process_first(desc="preparing the data"):  # the others find it in the cache
@@ -193,7 +199,7 @@ def result_of(run: Run) -> dict:
     for split, count in rows.items():
         time_left = budget.left(SCORING_ENDS) * count / unscored
         names = run.recipe.report.metrics
-        metrics[split], scored = score(trainer, run.prepared, split, names, time_left, budget.clock)
+        metrics[split], scored, details = score(trainer, run.prepared, split, names, time_left, budget.clock)
         rows_scored[split], unscored = [scored, count], unscored - count
     metrics["test"].update(run.prepared.compare("test"))
     return {
@@ -201,6 +207,7 @@ def result_of(run: Run) -> dict:
         "overrides": list(run.recipe.overrides),
         "metrics": metrics,
         "rows_scored": rows_scored,
+        **details,  # of the test split
         "parameters": trainer.accelerator.unwrap_model(trainer.model).num_parameters(),
         # Each process counts the rows it reads, and those that share rows count them once each.
         "tokens_seen": trainer.state.num_input_tokens_seen // trainer.get_tp_size(),
@@ -228,6 +235,8 @@ def save_final(run: Run, model: PreTrainedModel, result: dict, folder: Path) -> 
     for name, content in (("results.json", result), ("curve.json", rows)):
         (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     plot_curve(rows, metric, partial / "curve.png")
+    if "confusion" in result:
+        plot_confusion(result["confusion"], [row["class"] for row in result["classes"]], partial / "confusion.png")
     replace_folder(folder, partial)
 
 
@@ -248,7 +257,7 @@ def main(arguments: list[str] | None = None) -> dict | None:
     logging.getLogger("modeling_rtransformer").setLevel(logging.INFO)  # which implementation of the LocalRNN runs
     try:
         run = prepare(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")
     train(run)
     return finish(run, began)

@@ -93,9 +93,9 @@ def test_other_tables_are_split_70_10_20_and_keep_the_columns_asked_for(tmp_path
 @pytest.mark.parametrize(
     ("columns", "settings", "message"),
     [
-        ({"c": "warm"}, {}, "column 'c' of 'waves.csv' holds text, not numbers"),
-        ({"c": [None, 1.0] * 150}, {}, "column 'c' .* has 150 cells that are empty or not finite, the first in row 2"),
-        ({}, {"columns": ["aa"]}, "`data.columns` names 'aa', .* has the columns a, b; did you mean `a`"),
+        ({"c": "warm"}, {}, "column 'c' of 'waves.csv' holds 'warm', not a number, in line 2; .* `data.columns`"),
+        ({"c": [None, 1.0] * 150}, {}, "column 'c' .* has 150 cells that are empty or not finite, the first in line 2"),
+        ({}, {"columns": ["aa"]}, "`data.columns` names 'aa', .* has the columns date, a, b; did you mean `a`"),
         ({}, {"dataset": "ETTh1"}, "has 300 rows, too few for ETTh1 .train 8640, validation 2880, test 2880"),
     ],
 )
@@ -106,10 +106,10 @@ def test_a_table_that_does_not_fit_is_refused(tmp_path, columns, settings, messa
 
 def test_a_file_that_is_no_table_is_refused(tmp_path):
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(ValueError, match="`data.file` 'empty.csv' cannot be read as CSV"):
+    with pytest.raises(ValueError, match="`data.file` 'empty.csv' has no row"):
         load(tmp_path / "empty.csv")
     (tmp_path / "dates.csv").write_text("date\n2016\n")
-    with pytest.raises(ValueError, match="`data.file` 'dates.csv' has no column but `date`"):
+    with pytest.raises(ValueError, match="`data.file` 'dates.csv' has no column but 'date'"):
         load(tmp_path / "dates.csv")
     with pytest.raises(ValueError, match="`data.file` is missing: WTH is not downloaded"):
         time_series.Options("time_series", dataset="WTH")
@@ -117,7 +117,7 @@ def test_a_file_that_is_no_table_is_refused(tmp_path):
 
 def test_series_are_standardised_by_the_training_part_and_begin_with_their_past(tmp_path):
     parts = load(write_waves(tmp_path))
-    series = standardised(parts, Options("forecasting", prediction_length=3, context_length=12))
+    series, means, deviations = standardised(parts, Options("forecasting", prediction_length=3, context_length=12))
     assert {split: values.shape for split, values in series.items()} == {
         "train": (210, 2), "validation": (42, 2), "test": (72, 2),
     }  # fmt: skip
@@ -126,6 +126,7 @@ def test_series_are_standardised_by_the_training_part_and_begin_with_their_past(
     np.testing.assert_array_equal(series["validation"][:12], series["train"][-12:])
     np.testing.assert_array_equal(series["test"][:12], series["validation"][-12:])
     raw = waves(300)["b"].to_numpy()
+    np.testing.assert_allclose((means[1], deviations[1]), (raw[:210].mean(), raw[:210].std()))
     np.testing.assert_allclose(series["test"][:, 1], (raw[228:] - raw[:210].mean()) / raw[:210].std())
 
 

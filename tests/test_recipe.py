@@ -91,7 +91,7 @@ def test_a_recipe_is_frozen(recipe):
         ("data.source=file", "`data.source` must be one of .*, got 'file'; did you mean `files`"),
         ("data.tran=x.txt", "`data.tran` is not a setting; did you mean `train`"),
         ("data.held_out=0.7", "`data.held_out` must be less than 0.5, got 0.7"),
-        ("tokenizer.kind=charakter", "`tokenizer.kind` must be 'character', 'word' or 'byte_bpe', got 'charakter'"),
+        ("tokenizer.kind=charakter", "`tokenizer.kind` must be 'character', 'word', 'byte_bpe' or 'pretrained', got"),
         ("budget.max_second=3", "`budget.max_second` is not a setting; did you mean `max_seconds`"),
         ("budget.max_seconds=0", "`budget.max_seconds` must be greater than 0, or left out, got 0"),
         ("averaging.decay=1", "`averaging.decay` must be less than 1, or left out, got 1"),

@@ -14,7 +14,7 @@ from datasets import Dataset, Features, IterableDataset, Value
 from transformers import AutoModelForCausalLM, default_data_collator
 
 from scripts import evaluate, train
-from scripts.data.sources import files, hub
+from scripts.data.sources import files, hub, reader
 from scripts.data.streaming import StreamedWindows, StreamError, StreamLoader
 from scripts.data.tokenization import Options as TokenizerOptions
 from scripts.data.tokenization import build_tokenizer
@@ -142,7 +142,7 @@ def test_processes_with_unequal_parts_end_a_pass_together(tmp_path):
 
 
 def test_what_is_held_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "PIECE", 4096)
+    monkeypatch.setattr(reader, "PIECE", 4096)
     text = "".join(f"line {n} of a text without an end\n" for n in range(600))  # 6 pieces
     tokenizer = build_tokenizer(TokenizerOptions(kind="character"), [text])
     (tmp_path / "text.txt").write_text(text)
@@ -277,7 +277,7 @@ def test_another_number_of_processes_or_workers_is_refused(paths, tokenizer, rec
         (["task.train_once=true"], "`task.train_once` is not for `data.streaming`; leave one of them out"),
         (["data.test="], "`data.test` is missing; nothing can be held out from a stream"),
         (["data.shuffle_documents=0"], "`data.shuffle_documents` must be greater than 0, got 0"),
-        (["data.text_column=txt"], "`data.text_column` is 'txt', but the .* split has the columns text; did you mean"),
+        (["data.text_column=txt"], "`data.text_column` is 'txt', but .* has the columns text; did you mean"),
         (["tokenizer.max_texts=0"], "`tokenizer.max_texts` must be greater than 0, or left out, got 0"),
         (["task.documents=apart"], "`task.documents` must be 'joined' or 'separate', got 'apart'"),
         (["task.name=sequence_classification"], "`task.window` is not a setting"),
@@ -331,9 +331,10 @@ def test_text_files_are_read_in_pieces_that_end_with_a_line(tmp_path):
     lines = [f"{n} " + "x" * (n % 300) + "\n" for n in range(2000)]
     (tmp_path / "lines.txt").write_text("".join(lines))
     (tmp_path / "one_line.txt").write_text("y" * 300_000)
-    pieces = [row["text"] for row in files.read_pieces([str(tmp_path / "lines.txt"), str(tmp_path / "one_line.txt")])]
+    names = [str(tmp_path / "lines.txt"), str(tmp_path / "one_line.txt")]
+    pieces = [row["text"] for row in files.streamed(names, {"text": "text"}, reader.ReaderOptions())]
     assert "".join(pieces) == "".join(lines) + "y" * 300_000
-    assert len(pieces) > 5 and max(map(len, pieces)) <= 2 * files.PIECE
+    assert len(pieces) > 5 and max(map(len, pieces)) <= 2 * reader.PIECE
     assert all(piece.endswith("\n") for piece in pieces if piece[0] != "y")
 
 

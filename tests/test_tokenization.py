@@ -40,7 +40,7 @@ def test_a_saved_tokenizer_loads_as_it_was(kind, tmp_path):
     for text in TEXTS:
         assert loaded(text).input_ids == tokenizer(text).input_ids
         assert loaded.decode(loaded(text).input_ids) == tokenizer.decode(tokenizer(text).input_ids)
-    assert loaded.padding_side == "left"
+    assert loaded.padding_side == "right"
     assert (loaded.pad_token, loaded.bos_token, loaded.eos_token) == ("<pad>", "<eos>", "<eos>")
     assert loaded.unk_token == tokenizer.unk_token
 

@@ -33,3 +33,8 @@ def test_a_smaller_stride_gives_each_scored_position_more_context():
     for index in range(1, len(rows)):
         first_scored = (rows[index]["labels"] != IGNORED).nonzero()[0].item()
         assert first_scored >= 33 - 8
+
+
+def test_iterating_over_rows_ends():
+    rows = Windows(np.arange(300), window=33, stride=8, score_once=True)
+    assert len(list(rows)) == len(rows)

@@ -33,6 +33,7 @@ class LinearForecasterConfig(PreTrainedConfig):
         kind: `nlinear` or `dlinear`.
         context_length, prediction_length: steps that are read and forecast; a recipe's task sets both.
         trend_window: steps of DLinear's moving average, an odd number.
+        channel_names, channel_means, channel_deviations: as of `RTransformerForecasterConfig`.
     """
 
     model_type = "linear_forecaster"
@@ -41,6 +42,9 @@ class LinearForecasterConfig(PreTrainedConfig):
     context_length: int = 96
     prediction_length: int = 24
     trend_window: int = 25
+    channel_names: list[str] | None = None
+    channel_means: list[float] | None = None
+    channel_deviations: list[float] | None = None
 
     def __post_init__(self, **kwargs) -> None:
         super().__post_init__(**kwargs)

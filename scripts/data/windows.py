@@ -88,6 +88,8 @@ class Windows(Dataset):
         return 1 + max(0, -(-(len(self.stream) - self.window) // self.stride))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)  # ends an iteration
         # The last row is shifted back to end with the stream, so all rows have the same length.
         end = min(index * self.stride + self.window, len(self.stream))
         start = max(0, end - self.window)

@@ -36,6 +36,21 @@ def plot_curve(rows: dict[str, list], metric: str, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def plot_confusion(counts: list[list[int]], names: list[str], path: Path) -> None:
+    """Plot how many rows of each class (down) were given each class (across)."""
+    size = 2 + 0.5 * min(len(names), 30)
+    figure = Figure(figsize=(size, size), layout="constrained")
+    axes = figure.subplots()
+    shares = numpy.array(counts) / numpy.maximum(1, numpy.sum(counts, axis=1, keepdims=True))
+    axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    for (row, column), count in numpy.ndenumerate(counts) if len(names) <= 30 else ():
+        axes.text(column, row, count, ha="center", va="center", color="white" if shares[row, column] > 0.5 else "black")
+    axes.set(xlabel="predicted class", ylabel="class")
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    figure.savefig(path, dpi=150)
+
+
 def plot_curves(curves: dict[str, dict[str, list]], metric: str, path: Path) -> None:
     """Plot the validation metric of several runs by seconds of training."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")

@@ -77,12 +77,19 @@ def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[
     """Tokenise the documents, join them into one stream a split and cut it into rows."""
     check(recipe, METRICS, compressors=COMPRESSORS, text=True, tokenizer=tokenizer)
     options, documents = recipe.task, recipe.load_data()
+    for split in splits:
+        if isinstance(documents[split], Dataset) and not any(row["text"] for row in documents[split]):
+            raise ValueError(f"the {split} split of `data` has no text; name files that hold some")
     if tokenizer is None:
         texts = islice((row["text"] for row in documents["train"]), recipe.tokenizer.max_texts)
         tokenizer = build_tokenizer(recipe.tokenizer, texts)
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end of a text (`eos_token`), which divides documents; use another one")
     characters = characters_per_token(tokenizer)
     if "bits_per_character" in recipe.report.metrics and characters is None:
-        raise ValueError("`report.metrics` has bits_per_character, which a word tokenizer cannot give; use perplexity")
+        raise ValueError(
+            "`report.metrics` has bits_per_character, which this tokenizer cannot give, as one of words; use perplexity"
+        )
     datasets = {
         split: options.windows(token_stream(documents[split], tokenizer), training=split == "train")
         if isinstance(documents[split], Dataset)

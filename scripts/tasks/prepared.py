@@ -48,7 +48,7 @@ def check(
         raise ValueError(f"`is_causal` must be True for {task}: otherwise the model sees what it has to predict")
 
 
-def _no_comparison(split: str) -> dict[str, float]:
+def _nothing(found: Any) -> dict[str, Any]:
     return {}
 
 
@@ -88,6 +88,7 @@ class Prepared:
         tokenizer: None where the input is numbers.
         max_eval_rows: rows scored at an evaluation during training, spread over the validation data; all if None.
         compare: other methods' results on a split, by name.
+        details: further facts of all reduced predictions for the result, such as figures of each class.
         compute_loss: `(outputs, labels, num_items_in_batch)` to the loss; None for the model's own.
         label_names: what of a batch `reduce_logits` and `compute_metrics` get as labels; None for `labels`.
     """
@@ -100,7 +101,8 @@ class Prepared:
     collator: Callable = default_data_collator
     tokenizer: PreTrainedTokenizerBase | None = None
     max_eval_rows: int | None = None
-    compare: Callable[[str], dict[str, float]] = _no_comparison
+    compare: Callable[[str], dict[str, float]] = _nothing
+    details: Callable[[EvalPrediction], dict[str, Any]] = _nothing
     compute_loss: Callable | None = None
     label_names: tuple[str, ...] | None = None
 

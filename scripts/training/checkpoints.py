@@ -57,6 +57,12 @@ def restore_callbacks(callbacks: Iterable[TrainerCallback], checkpoint: Path) ->
                 setattr(callback, name, value)
 
 
+def saved_model(folder: str | Path) -> Path:
+    """The folder of a saved model: `final/` of a run in place of the run."""
+    inside = Path(folder) / "final"
+    return inside if (inside / "config.json").is_file() else Path(folder)
+
+
 def load_model(auto_class, checkpoint: str | Path) -> PreTrainedModel:
     """
     Load a model of the task's kind.

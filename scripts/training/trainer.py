@@ -3,10 +3,12 @@
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import EvalPrediction, PreTrainedModel, Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from modeling_rtransformer.hub_files import HubFilesCallback
 from scripts.data.streaming import StreamedWindows, StreamLoader
@@ -91,6 +93,18 @@ def _delaying_signals(loader: DataLoader) -> DataLoader:
     return loader
 
 
+def require_packages(args: TrainingArguments) -> None:
+    """Refuse options whose package is not installed, which `Trainer` finds out when the data are prepared."""
+    for name in set(args.report_to) - set(get_available_reporting_integrations()):
+        raise ValueError(
+            f"`training.report_to` names {name}, whose package is not installed; install it, or leave it out"
+        )
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"`training.optim`: {error}") from error
+
+
 def make_trainer(model: PreTrainedModel, args: TrainingArguments, prepared: Prepared, **options) -> RecipeTrainer:
     """A `Trainer` of the task, for training or only for scoring; its pushes to the Hub hold the code and no pickle."""
     if args.push_to_hub:
@@ -120,17 +134,18 @@ def score(
     metrics: Sequence[str],
     seconds: float = math.inf,
     clock: str = "wall",
-) -> tuple[dict[str, float], int]:
+) -> tuple[dict[str, float], int, dict[str, Any]]:
     """
     The named metrics on a whole split, or on as many of its rows, evenly spread, as there are `seconds` for.
 
     Returns:
-        The metrics, and how many rows were scored.
+        The metrics, how many rows were scored, and the task's details.
     """
     dataset = prepared.datasets[split]
     if seconds < math.inf:
         dataset = RowsInTime(dataset, seconds, clock)
         trainer.args.dataloader_num_workers = 0  # every worker would give all rows, and none would tell how many
-    scored = trainer.predict(dataset, metric_key_prefix=split).metrics
+    output = trainer.predict(dataset, metric_key_prefix=split)
     rows = dataset.given if isinstance(dataset, RowsInTime) else len(dataset)
-    return {name: scored[f"{split}_{name}"] for name in metrics}, rows
+    details = prepared.details(EvalPrediction(output.predictions, output.label_ids))
+    return {name: output.metrics[f"{split}_{name}"] for name in metrics}, rows, details

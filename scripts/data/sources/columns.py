@@ -1,12 +1,17 @@
-"""Settings and checks that all sources of a user's own data share."""
+"""Settings and checks that all sources of a user's own data share, and what is held out of them."""
 
 import dataclasses
 from typing import Annotated
 
-from datasets import Dataset, DatasetDict, IterableDataset
+import numpy as np
+import pandas as pd
+from datasets import Dataset, DatasetDict
 from pydantic import Field, PositiveInt
 
-from modeling_rtransformer.configuration_rtransformer import nearest
+from scripts.data.sources.reader import say
+
+
+SPLITS = ("train", "validation", "test")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,7 +19,7 @@ class TableOptions:
     """
     Args:
         held_out: the share of the training data for each split without data of its own.
-        seed: draws the held-out rows of a table.
+        seed: draws the held-out rows of a table; each class keeps its share of them.
         text_column, label_column: names of the columns; a text file has only `text`.
         streaming: read `train` during training, which allows any size; `validation` and `test` need data of their own.
         shuffle_documents: documents of a stream that are held in memory, tokenised and shuffled together.
@@ -35,6 +40,11 @@ class TableOptions:
                     "out `data.streaming`"
                 )
 
+    @property
+    def columns(self) -> dict[str, str]:
+        """Our name of each column that is read, by its own."""
+        return {self.text_column: "text"} | ({} if self.label_column is None else {self.label_column: "label"})
+
 
 def require_rows(splits: DatasetDict) -> None:
     """Refuse a split without rows."""
@@ -47,49 +57,34 @@ def require_rows(splits: DatasetDict) -> None:
             )
 
 
-def require_column(kind: str, column: str, split: str, columns: list[str]) -> None:
-    """Refuse a `data.text_column` or `data.label_column` that a split does not have."""
-    if column not in columns:
-        raise ValueError(
-            f"`data.{kind}_column` is {column!r}, but the {split} split has the columns {', '.join(columns)}"
-            f"{nearest(column, columns)}"
-        )
-
-
-def select_stream_columns(stream: IterableDataset, *, text: str) -> IterableDataset:
-    """Keep the column `data.text_column`, as `text`; its cells are checked when they are read."""
-    require_column("text", text, "train", stream.column_names or list(next(iter(stream), {text: None})))
-    stream = stream.select_columns([text])
-    return stream if text == "text" else stream.rename_column(text, "text")
-
-
-def select_columns(splits: DatasetDict, *, text: str, label: str | None) -> DatasetDict:
-    """Keep the columns `data.text_column` and `data.label_column`, as `text` and `label`."""
-    wanted = {"text": text} if label is None else {"text": text, "label": label}
-    for split, dataset in splits.items():
-        for ours, theirs in wanted.items():
-            require_column(ours, theirs, split, dataset.column_names)
-            empty = dataset.data.column(theirs).null_count
-            if empty:
-                raise ValueError(
-                    f"`data.{ours}_column` {theirs!r} has {empty} empty cells in the {split} split; fill them or "
-                    "remove these rows"
-                )
-        kind = dataset.features[text].dtype
-        if kind not in ("string", "large_string"):
-            raise ValueError(
-                f"`data.text_column` {text!r} holds {kind}, not text, in the {split} split; name another column of "
-                f"{', '.join(dataset.column_names)}"
-            )
-    splits = splits.select_columns(list(wanted.values()))
-    return splits.rename_columns({theirs: ours for ours, theirs in wanted.items() if ours != theirs})
-
-
 def hold_out(splits: dict[str, Dataset], share: float, seed: int) -> DatasetDict:
-    """Fill each missing split with `share` of the training rows, drawn at random with `seed`."""
-    missing = [split for split in ("validation", "test") if split not in splits]
-    size = round(share * len(splits["train"]))
+    """
+    Fill each missing split with `share` of the training rows, drawn at random with `seed`.
+
+    Each class of the column `label` keeps its share: of the rows in the order of their classes, evenly spaced ones are
+    held out. One row of each class stays in training. Classes that a split lacks are said.
+    """
+    missing = [split for split in SPLITS if split not in splits]
+    train = splits["train"]
+    size = round(share * len(train))
+    labels = np.zeros(len(train))
+    if "label" in train.column_names:
+        labels = pd.Series(train["label"][:]).map(str).to_numpy()
+    order = np.random.default_rng(seed).permutation(len(train))
+    by_class = order[np.argsort(pd.factorize(labels[order])[0], kind="stable")]
+    free = by_class[pd.Series(labels[by_class]).duplicated().to_numpy()]
+    are_classes = len(free) >= size * len(missing)
+    free = free if are_classes else by_class
+    parts = {}
     for split in missing:
-        shuffled = splits["train"].shuffle(seed=seed)
-        splits = {**splits, split: shuffled.select(range(size)), "train": shuffled.select(range(size, len(shuffled)))}
-    return DatasetDict({split: splits[split] for split in ("train", "validation", "test")})
+        drawn = ((np.arange(size) + 0.5) * len(free) / max(1, size)).astype(int)
+        parts[split], free = np.sort(free[drawn]), np.delete(free, drawn)
+    if missing:
+        parts["train"] = np.setdiff1d(order, np.concatenate([parts[split] for split in missing]))
+    if are_classes and size:
+        counts = pd.Series(labels).value_counts()
+        for split in missing:
+            rare = [f"{name} ({counts[name]} rows)" for name in counts.index.difference(labels[parts[split]])]
+            if rare:
+                say(f"too rare to be in the held-out {split} split: {', '.join(rare[:20])}")
+    return DatasetDict({split: train.select(parts[split]) if split in parts else splits[split] for split in SPLITS})

@@ -2,16 +2,10 @@
 
 import dataclasses
 
-from datasets import DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset
 
 from modeling_rtransformer.configuration_rtransformer import nearest
-from scripts.data.sources.columns import (
-    TableOptions,
-    hold_out,
-    require_rows,
-    select_columns,
-    select_stream_columns,
-)
+from scripts.data.sources.columns import SPLITS, TableOptions, hold_out, require_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +34,7 @@ def load(options: Options) -> DatasetDict:
     source = {"path": options.dataset, "name": options.config, "revision": options.revision}
     found = load_dataset(**source, streaming=options.streaming)
     splits = {}
-    for split in ("train", "validation", "test"):
+    for split in SPLITS:
         name = getattr(options, split)
         if name and name not in found:
             raise ValueError(
@@ -50,10 +44,40 @@ def load(options: Options) -> DatasetDict:
         if name:
             splits[split] = found[name]
     if options.streaming:
-        stream = select_stream_columns(splits.pop("train"), text=options.text_column)
-        splits = DatasetDict({split: load_dataset(**source, split=getattr(options, split)) for split in splits})
-        require_rows(splits)
-        return DatasetDict({"train": stream, **select_columns(splits, text=options.text_column, label=None)})
+        train = splits["train"]
+        own = {split: load_dataset(**source, split=getattr(options, split)) for split in ("validation", "test")}
+        require_rows(own)
+        own = {split: select_columns(dataset, options, split) for split, dataset in own.items()}
+        return DatasetDict({"train": select_columns(train, options, "train"), **own})
+    require_rows(splits)
+    splits = {split: select_columns(dataset, options, split) for split, dataset in splits.items()}
     held = hold_out(splits, options.held_out, options.seed)
     require_rows(held)
-    return select_columns(held, text=options.text_column, label=options.label_column)
+    return held
+
+
+def select_columns(rows: Dataset | IterableDataset, options: Options, split: str) -> Dataset | IterableDataset:
+    """Keep the named columns as `text` and `label`; the cells of a stream are checked when they are read."""
+    columns = options.columns
+    names = rows.column_names or list(next(iter(rows), columns))
+    for name, ours in columns.items():
+        if name not in names:
+            raise ValueError(
+                f"`data.{ours}_column` is {name!r}, but the {split} split has the columns {', '.join(names)}"
+                f"{nearest(name, names)}"
+            )
+        empty = rows.data.column(name).null_count if isinstance(rows, Dataset) else 0
+        if empty:
+            raise ValueError(
+                f"`data.{ours}_column` {name!r} has {empty} empty cells in the {split} split; fill them or remove "
+                "these rows"
+            )
+    kind = rows.features[options.text_column].dtype if isinstance(rows, Dataset) else "string"
+    if kind not in ("string", "large_string"):
+        raise ValueError(
+            f"`data.text_column` {options.text_column!r} holds {kind}, not text, in the {split} split; name another "
+            f"column of {', '.join(names)}"
+        )
+    renamed = {name: ours for name, ours in columns.items() if name != ours}
+    rows = rows.select_columns(list(columns))
+    return rows.rename_columns(renamed) if renamed else rows

@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from datasets import Array2D, Dataset, DatasetDict, Features
 from scipy.io import loadmat
+from scipy.sparse import issparse
 
 from scripts.data.sources.download import local_or_downloaded
 
@@ -76,7 +77,7 @@ def _rolls(arrays: dict[str, np.ndarray], name: str, path: Path) -> list[np.ndar
             f"`{name}` of `data.file` {path.name!r} must be a cell array with one piano roll a piece, got "
             f"{cells.dtype} of shape {cells.shape}"
         )
-    rolls = [np.asarray(cell) for cell in cells.ravel()]
+    rolls = [np.asarray(cell.todense() if issparse(cell) else cell) for cell in cells.ravel()]
     for index, roll in enumerate(rolls):
         fits = roll.ndim == 2 and roll.shape[1] == KEYS and len(roll) > 1
         if not fits or roll.dtype == object or not np.isin(roll, (0, 1)).all():
