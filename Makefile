@@ -11,11 +11,17 @@ WORKERS ?= 2
 
 VENV := .venv
 TEST_VENV := .venv-test
+# Versions of Transformers that `make test-versions` tries beside the pinned one: the oldest supported, and the last one
+# before 5.24 renamed the cache. And what it runs with each of them: behaviours that depend on the version.
+OTHER_VERSIONS := 5.17.0 5.23.0
+CHOSEN_TESTS := $(addprefix tests/test_,modeling.py generation.py library_versions.py engines.py pipelines.py \
+  remote_code.py loading_options.py trainer.py)
 RUN := $(VENV)/bin/python
 DEMO := runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo reproduce-cpu reproduce-gpu test lint format clean
+.PHONY: help install install-test demo reproduce-cpu reproduce-gpu test test-versions lint format clean
+.PRECIOUS: $(TEST_VENV)-%/.installed
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
@@ -47,6 +53,21 @@ reproduce-cpu reproduce-gpu: reproduce-%: install
 test: install-test  ## run the tests; slow ones with PYTEST_ARGS="-m slow"
 	OMP_NUM_THREADS=1 $(TEST_VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
+test-versions: $(OTHER_VERSIONS:%=$(TEST_VENV)-%/.installed)  ## run a chosen part of the tests with older Transformers
+	for version in $(OTHER_VERSIONS); do \
+	  echo "Transformers $$version"; \
+	  OMP_NUM_THREADS=1 $(TEST_VENV)-$$version/bin/python -m pytest --numprocesses $(WORKERS) --dist worksteal \
+	    $(CHOSEN_TESTS) $(PYTEST_ARGS) || exit 1; \
+	done
+
+# All packages of the tests' environment, and before them another Transformers with what it asks for.
+$(TEST_VENV)-%/.installed: $(TEST_VENV)/.installed
+	$(TEST_VENV)/bin/python -m venv $(@D)
+	$(TEST_VENV)/bin/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > $$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(@D)/bin/pip install --quiet "transformers==$*"
+	@touch $@
+
 lint: install-test  ## check style and formatting
 	$(TEST_VENV)/bin/ruff check .
 	$(TEST_VENV)/bin/ruff format --check .
@@ -56,4 +77,4 @@ format: install-test  ## repair style and formatting where that can be done
 	$(TEST_VENV)/bin/ruff format .
 
 clean:  ## remove what make, the tests and training wrote here
-	rm -rf $(VENV) $(TEST_VENV) runs .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(TEST_VENV) $(TEST_VENV)-* runs .pytest_cache .ruff_cache

@@ -92,8 +92,9 @@ class RTransformerAttention(nn.Module):
         )
         if self.recurrence is not None and sequence.padding_mask is not None:
             value = value * sequence.padding_mask[:, None, :, None].to(value.dtype)
-        positions = None
+        positions, implementation = None, self.config._attn_implementation
         if isinstance(cache, PagedAttentionCache):  # the requests of continuous batching, in one row
+            implementation = implementation.removeprefix("paged|")  # that one would want the cache itself in 5.23
             key, value_states = paged_update(cache, key, value, self.layer_idx, kwargs)
             if self.recurrence is not None:
                 positions = paged_distances(kwargs, sequence.position_ids, value_states.shape[2])
@@ -107,9 +108,7 @@ class RTransformerAttention(nn.Module):
         else:
             value_states = value
 
-        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
-        )
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attention_interface(
             self,
             query,

@@ -70,12 +70,12 @@ def accepts_both_cache_names(function: Callable) -> Callable:
 
 
 # What a forward takes without naming it: what Transformers passes to every model. `token_type_ids` is what tokenizers
-# return whether or not a model reads it; `return_dict` and the names after it are read by decorators of Transformers,
-# the tokenizers by stopping criteria of `generate`, which passes them on.
+# return whether or not a model reads it; `generate` hands the tokenizers that it was given on to each forward;
+# `return_dict` and the names after it are read by decorators of Transformers.
 PASSED_BY_TRANSFORMERS = {
     *TransformersKwargs.__annotations__,
-    *("seq_idx", "cu_seq_lens_q", "is_causal", "token_type_ids"),
-    *("return_dict", "use_cache", "debug_io", "tokenizer", "assistant_tokenizer"),
+    *("seq_idx", "cu_seq_lens_q", "is_causal", "token_type_ids", "tokenizer", "assistant_tokenizer"),
+    *("return_dict", "use_cache", "debug_io"),
 }
 
 

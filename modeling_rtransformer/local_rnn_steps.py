@@ -155,6 +155,15 @@ def reason_without_c() -> str | None:
     return None
 
 
+def reason_without_triton(device: torch.device, dtype: torch.dtype, gates: int, size: int, packed: bool) -> str | None:
+    """Why the Triton kernels of these sizes do not run on this device; None where they do. The first call compiles."""
+    if not triton_is_installed():
+        return "Triton is not installed"
+    from .local_rnn_triton import reason_against
+
+    return reason_against(device, dtype, gates, size, packed)
+
+
 @functools.cache
 def triton_is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
@@ -174,7 +183,7 @@ class Choice(NamedTuple):
     warn: bool = False
 
 
-def best_implementation(projected: torch.Tensor, weight: torch.Tensor, window: int) -> Choice:
+def best_implementation(projected: torch.Tensor, weight: torch.Tensor, window: int, *, packed: bool = False) -> Choice:
     """The fastest implementation for these tensors."""
     reason = reason_for_plain(projected, weight)
     if reason is not None:
@@ -186,7 +195,9 @@ def best_implementation(projected: torch.Tensor, weight: torch.Tensor, window: i
         reason = reason_without_c()
         return Choice("c") if reason is None else Choice("plain", reason, warn=True)
     if projected.is_cuda and projected.dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return Choice("triton") if triton_is_installed() else Choice("plain", "Triton is not installed")
+        size = weight.shape[1]
+        reason = reason_without_triton(projected.device, projected.dtype, len(weight) // size, size, packed)
+        return Choice("triton") if reason is None else Choice("plain", reason, warn=triton_is_installed())
     return Choice("plain", f"no kernel is made for {projected.dtype} on {projected.device.type}")
 
 
@@ -235,7 +246,7 @@ def local_rnn(
     if window == 1:  # W_h has no effect, but a gradient of zero, which data-parallel training waits for
         recurrent_bias = F.linear(torch.zeros_like(recurrent_weight[0]), recurrent_weight, recurrent_bias)
     if implementation == "auto":
-        choice = best_implementation(projected, recurrent_weight, window)
+        choice = best_implementation(projected, recurrent_weight, window, packed=segment_ids is not None)
     elif implementation in LOGGED_NAMES:
         choice = Choice(implementation, "`implementation` names it")
     else:
@@ -244,8 +255,11 @@ def local_rnn(
     arguments = projected, recurrent_weight, recurrent_bias, zero_input, segment_ids, rnn_type, window
     if choice.name == "plain":
         return local_rnn_plain(*arguments)
+    keep = needs_grad(projected, recurrent_weight, recurrent_bias, zero_input)
     if choice.name == "c":
-        from .local_rnn_c import CLocalRnn as Kernels
-    else:
-        from .local_rnn_triton import TritonLocalRnn as Kernels
-    return Kernels.apply(*arguments, needs_grad(projected, recurrent_weight, recurrent_bias, zero_input))
+        from .local_rnn_c import CLocalRnn
+
+        return CLocalRnn.apply(*arguments, keep)
+    from .local_rnn_triton import local_rnn_triton
+
+    return local_rnn_triton(*arguments, keep)

@@ -20,6 +20,7 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton.errors import TritonError as TritonError
 except ImportError as error:
     raise ImportError("the LocalRNN 'triton' needs Triton: `pip install triton`") from error
 
@@ -53,6 +54,12 @@ class Inputs(NamedTuple):
         """The zero input and the segments; where there are no segments any tensors, which are not read."""
         return (self.bias, self.bias) if self.segment_ids is None else (self.zero_input, self.segment_ids)
 
+    def part(self, sequences: slice, positions: slice) -> "Inputs":
+        """Some of the sequences, and some of their positions with the K - 1 inputs before them."""
+        reached = slice(positions.start, positions.stop + self.window - 1)
+        segment_ids = None if self.segment_ids is None else self.segment_ids[sequences, positions].contiguous()
+        return self._replace(projected=self.projected[sequences, reached].contiguous(), segment_ids=segment_ids)
+
     def new_sums(self, programs: int) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Float64 zeros for each program, for the gradients of the new gate's bias where that is not the sum of the
@@ -75,6 +82,15 @@ def tanh(x):
     series = -0.333332961828236 + series * square
     far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
     return tl.where(tl.abs(x) < 0.6, x + x * (square * series), tl.where(x < 0, -far, far))
+
+
+# Whether Triton's interpreter runs the kernels: then it has compiled no function.
+INTERPRETED = tl.constexpr(not isinstance(tanh, triton.runtime.JITFunction))
+
+
+def launch(kernel):
+    """A kernel, so that a compiler that traces the operator around it sees the kernel, as `torch.compile` does."""
+    return kernel if INTERPRETED.value else torch.library.wrap_triton(kernel)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from .local_rnn_triton_cells import (
     add_rows_to,
     add_zero_gradients,
     gate_offsets,
+    launch,
     load_biases,
     load_gates,
     load_inputs,
@@ -49,7 +50,7 @@ def rows_and_columns(rows, size, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return row, valid, column, valid[:, None] & (column < size)[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "window", "step"])
 def forward_kernel(
     projected,  # (B, K - 1 + L, G D)
     bias,  # (G D), b_h
@@ -102,7 +103,7 @@ def add_gates(left, right, GATES: tl.constexpr):
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "all_rows", "rows", "length", "window"])
 def states_kernel(
     projected,  # (B, K - 1 + L, G D)
     zero_input,  # (G D)
@@ -145,7 +146,7 @@ def states_kernel(
         state_row += rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_row", "rows", "length", "window", "step"])
 def backward_kernel(
     projected,  # (B, K - 1 + L, G D)
     zero_input,  # (G D)
@@ -237,7 +238,7 @@ def forward_large(inputs: Inputs, keep: bool) -> tuple[torch.Tensor, tuple[torch
         if step:
             torch.mm(before, weight.T, out=product)
         tensors = projected, bias, *inputs.packing, product, before, after, cell, kept[step] if keep else kept
-        forward_kernel[grid_of(rows, size)](*tensors, *sizes, step, **constants, FIRST=step == 0, KEEP=keep)
+        launch(forward_kernel)[grid_of(rows, size)](*tensors, *sizes, step, **constants, FIRST=step == 0, KEEP=keep)
         before = after
     if gates == 1 and keep:
         outputs = before.clone()  # `kept` must not change with them
@@ -267,7 +268,7 @@ def backward_large(inputs: Inputs, grad_outputs: torch.Tensor, kept: torch.Tenso
         cells = states[-1] if num_states else states
         if num_states:
             tensors = projected, *inputs.packing, kept, hidden, cells
-            states_kernel[grid_of(count, size)](*tensors, first_row, rows, *sizes, **constants)
+            launch(states_kernel)[grid_of(count, size)](*tensors, first_row, rows, *sizes, **constants)
         grad_recurrent, product = all_grad_recurrent[:count], all_grad_hidden[:count]
         grad_hidden = grad_outputs[first_row : first_row + count]
         for step in reversed(range(window)):
@@ -275,7 +276,7 @@ def backward_large(inputs: Inputs, grad_outputs: torch.Tensor, kept: torch.Tenso
             tensors = projected, *inputs.packing, kept[step, first_row : first_row + count], before
             gradients = grad_hidden, carry, grad_recurrent, grad_projected, *sums
             is_first, is_last = step == 0, step == window - 1
-            backward_kernel[grid_of(count, size)](
+            launch(backward_kernel)[grid_of(count, size)](
                 *tensors, *gradients, first_row, *sizes, step, **constants, FIRST=is_first, LAST=is_last
             )
             if step:

@@ -17,26 +17,32 @@ are the same from run to run.
 import torch
 
 from .local_rnn_triton_cells import (
+    INTERPRETED,
     Inputs,
     add_rows_to,
     add_zero_gradients,
     gate_offsets,
+    launch,
     load_biases,
     load_inputs,
     of_same_segment,
     run_step,
     run_step_backward,
-    tanh,
     tl,
     triton,
 )
 
 
+# The largest D for which W_h, its gradient and the gates of a block of rows fit into the registers and shared memory of
+# a multiprocessor: where products are in float32, and where they run on tensor cores, whose operands fill registers.
+EXACT_SIZE = 64
+TENSOR_CORE_SIZE = 32
+# Bytes of shared memory that a D above 32 needs.
+WIDE_SHARED_MEMORY = 84 * 1024
 # Elements of a block of rows: few, since the dozen tiles of a step should stay in registers.
 TILE_ELEMENTS = 1024
 # Rows of a block in the forward pass where its products run on tensor cores, which then read W_h from shared memory.
 TENSOR_CORE_ROWS = 64
-INTERPRETED = tl.constexpr(not isinstance(tanh, triton.runtime.JITFunction))  # Triton has compiled no function
 # Programs of the backward kernel for each multiprocessor of the GPU; each has a W_h of gradients to add up at the end.
 PROGRAMS_PER_PROCESSOR = 2
 
@@ -71,7 +77,7 @@ def recurrent_gates(hidden, weights, biases, PRECISION: tl.constexpr, GATES: tl.
     return gates
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "window"])
 def forward_kernel(
     projected,  # (B, P, G D)
     weight,  # (G D, D)
@@ -136,7 +142,7 @@ def zeros_of_weights(GATES: tl.constexpr, WIDTH: tl.constexpr):
     return zeros
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "window", "batch", "blocks"])
 def backward_kernel(
     projected,  # (B, P, G D)
     weight,  # (G D, D)
@@ -220,16 +226,40 @@ def backward_kernel(
         tl.store(grad_weight + weight_row[:, None] * size + column[None, :], weight_sums[gate], mask=weight_mask)
 
 
-def options_of(weight: torch.Tensor) -> dict:
-    """Options of both kernels: rows and width of a tile, 16 at least for `tl.dot`, and how they are compiled."""
-    width = max(triton.next_power_of_2(weight.shape[1]), 16)
+def is_exact(inputs: Inputs) -> bool:
+    """Whether products are in float32, without tensor cores."""
     # Torch's choice for float32 products. Its older flag cannot be read where the newer one was set.
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return inputs.projected.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block of the GPU can have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 2**18
+
+
+def fits_small(inputs: Inputs) -> bool:
+    """Whether the kernels of this file run these inputs; those of local_rnn_triton_large.py run all."""
+    size = inputs.weight.shape[1]
+    if size > (EXACT_SIZE if is_exact(inputs) else TENSOR_CORE_SIZE):
+        return False
+    return size <= 32 or shared_memory(inputs.projected.device) >= WIDE_SHARED_MEMORY
+
+
+def options_of(size: int, exact: bool, forward: bool) -> dict:
+    """
+    Options of a kernel: rows and width of a tile, 16 at least for `tl.dot`, and how it is compiled: those of the few
+    that were compiled with which it spills least. tests/test_triton_compilation.py checks what each needs of a card.
+    """
+    width = max(triton.next_power_of_2(size), 16)
+    if forward:
+        rows = max(TILE_ELEMENTS // width, 16) if exact else TENSOR_CORE_ROWS
+    else:
+        rows = max(min(TILE_ELEMENTS // width, 32) if exact else TILE_ELEMENTS // 2 // width, 16)
     return {
-        "ROWS": max(TILE_ELEMENTS // width, 16),
+        "ROWS": rows,
         "WIDTH": width,
-        "PRECISION": precision,
-        "num_warps": 8 if width > 16 else 4,
+        "PRECISION": "ieee" if exact else "tf32",
+        "num_warps": 4 if forward and width == 16 else 8,
         "num_stages": 1,  # a step needs the state of the last, and no load may pass the stores before it
     }
 
@@ -248,12 +278,10 @@ def forward_small(inputs: Inputs, keep: bool) -> tuple[torch.Tensor, tuple[torch
     outputs = projected.new_empty(len(projected), length, size)
     hiddens = projected.new_empty(window - 1 if keep else 0, rows, size)
     cells = projected.new_empty(window - 1 if keep and inputs.gates == 4 else 0, rows, size)
-    options = options_of(weight)
-    if projected.dtype != torch.float32 or options["PRECISION"] == "tf32":
-        options["ROWS"] = TENSOR_CORE_ROWS
+    options = options_of(size, is_exact(inputs), forward=True)
     tensors = projected, weight, bias, *inputs.packing, outputs, hiddens, cells
     grid = (triton.cdiv(rows, options["ROWS"]),)
-    forward_kernel[grid](*tensors, *inputs.sizes, **inputs.constants, **options, KEEP=keep)
+    launch(forward_kernel)[grid](*tensors, *inputs.sizes, **inputs.constants, **options, KEEP=keep)
     return outputs, (hiddens, cells)
 
 
@@ -263,7 +291,7 @@ def backward_small(
     """Gradients of `projected` and of `weight`, in float32, and the sums of `Inputs.new_sums`."""
     projected, weight, bias = inputs.projected, inputs.weight, inputs.bias
     batch, positions, width = projected.shape
-    options = options_of(weight)
+    options = options_of(weight.shape[1], is_exact(inputs), forward=False)
     rows, beyond = options["ROWS"], inputs.window - 1
     blocks = triton.cdiv(batch * positions, rows)
     programs = min(num_programs(projected.device), blocks)
@@ -273,7 +301,8 @@ def backward_small(
     sums = inputs.new_sums(programs)
     tensors = projected, weight, bias, *inputs.packing, hiddens, cells
     gradients = grad_outputs, grad_inputs, grad_weight, *sums
-    backward_kernel[(programs,)](*tensors, *gradients, *inputs.sizes, batch, blocks, **inputs.constants, **options)
+    sizes = *inputs.sizes, batch, blocks
+    launch(backward_kernel)[(programs,)](*tensors, *gradients, *sizes, **inputs.constants, **options)
     own, shared = grad_inputs.split([rows, beyond], dim=1)
     for distance, part in enumerate(shared.split(rows, dim=1), start=1):  # rows of the block so many blocks ahead
         own[distance:, : part.shape[1]] += part[: max(blocks - distance, 0)]

@@ -26,6 +26,7 @@ from modeling_rtransformer.language_modeling import CausalLMHead
 from modeling_rtransformer.library_versions import CACHE_NAME, CACHE_NAMES, NEWEST_TESTED, warn_if_untested
 from scripts.baselines import LinearForecaster, LinearForecasterConfig
 from scripts.baselines.recurrent import RecurrentConfig
+from scripts.data.tokenization import Options, build_tokenizer
 from tests.conftest import tiny_config
 
 
@@ -152,6 +153,16 @@ def test_a_linear_forecaster_refuses_arguments_that_it_does_not_read():
     model = LinearForecaster(LinearForecasterConfig(context_length=9, prediction_length=3))
     with pytest.raises(TypeError, match="`futur_values` is not an argument.*did you mean `future_values`"):
         model(torch.randn(2, 9, 1), futur_values=torch.randn(2, 3, 1))
+
+
+def test_generate_takes_a_tokenizer_for_its_stop_strings(ids):
+    tokenizer = build_tokenizer(Options(kind="character"), ["abcdef "])
+    model = make(RTransformerForCausalLM, vocab_size=len(tokenizer))
+    prompt = torch.tensor([tokenizer("abc").input_ids])
+    whole = model.generate(prompt, do_sample=False, max_new_tokens=9)
+    stop = tokenizer.decode(whole[0, 6:8])
+    stopped = model.generate(prompt, do_sample=False, max_new_tokens=9, stop_strings=[stop], tokenizer=tokenizer)
+    assert stop in tokenizer.decode(stopped[0, 3:]) and stopped.shape[1] < whole.shape[1]
 
 
 def test_generate_refuses_what_no_model_has(ids):

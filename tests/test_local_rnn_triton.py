@@ -5,9 +5,11 @@ Every check runs on a CUDA device where there is one. One test runs all of them 
 process of its own, since the interpreter is chosen in the environment before Triton is imported.
 """
 
+import ast
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,9 @@ from tests.test_local_rnn import TORCH_RNNS, gradients, torch_rnn
 
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from triton.compiler.errors import CompilationError  # noqa: E402
+from triton.runtime.errors import OutOfResources  # noqa: E402
+
 from modeling_rtransformer import (  # noqa: E402 (they need Triton)
     local_rnn_triton,
     local_rnn_triton_large,
@@ -49,7 +54,7 @@ def test_all_checks_pass_in_the_interpreter():
 @pytest.fixture(params=["small", "large"])
 def path(request, monkeypatch):
     """Each of the two ways, with blocks so small that small sizes have several and uneven ones."""
-    monkeypatch.setattr(local_rnn_triton, "SMALL_SIZE", 64 if request.param == "small" else 0)
+    monkeypatch.setattr(local_rnn_triton, "fits_small", lambda inputs: request.param == "small")
     monkeypatch.setattr(local_rnn_triton_small, "TILE_ELEMENTS", 1)
     monkeypatch.setattr(local_rnn_triton_small, "TENSOR_CORE_ROWS", 16)
     monkeypatch.setattr(local_rnn_triton_large, "TILE_ELEMENTS", 512)
@@ -91,6 +96,28 @@ def test_it_equals_the_unfolded_reference(rnn_type, shape, packed, path):
     theirs = output, *gradients(output, padded, *rnn.parameters())
     for our, their in zip(ours, theirs, strict=True):
         torch.testing.assert_close(our.cpu().double(), their, rtol=1e-4, atol=1e-5)
+
+
+@on_the_device
+@pytest.mark.parametrize("elements", [1000, 300], ids=["sequences", "positions"])
+@pytest.mark.parametrize("packed", [False, True], ids=["single", "packed"])
+@BY_TYPE
+def test_a_long_window_keeps_only_its_inputs_and_its_backward_pass_runs_in_parts(
+    rnn_type, packed, elements, path, monkeypatch
+):
+    monkeypatch.setattr(local_rnn_triton, "KEPT_STEPS", 4)
+    monkeypatch.setattr(local_rnn_triton, "KEPT_ELEMENTS", elements)
+    rnn = make(rnn_type, 6, 5)
+    gates = rnn.recurrent_proj.out_features
+    padded = F.pad(torch.randn(2, 7, 6, device=DEVICE), (0, 0, 4, 0)).requires_grad_()
+    segment_ids = segments(2, 7, 3) if packed else None
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.numel()) or tensor, lambda t: t):
+        found = results(rnn, padded, segment_ids)
+    if elements < 5 * 14 * gates:  # then: the inputs, their projections, the parameters and the outputs, but no step
+        assert sum(kept) <= padded.numel() + 2 * 11 * gates + 20 * gates + 14 * 6
+    rnn.implementation = "plain"
+    torch.testing.assert_close(found, results(rnn, padded, segment_ids), rtol=1e-4, atol=1e-5)
 
 
 @on_the_device
@@ -200,6 +227,37 @@ def test_tensors_that_are_not_on_a_gpu_are_refused():
     rnn.implementation = "triton"
     with pytest.raises(ValueError, match="CUDA device, not on cpu; take 'auto' or 'plain'"):
         rnn(torch.randn(1, 5, 4))
+
+
+@on_the_device
+@pytest.mark.parametrize("error", ["OutOfResources", "CompilationError"])
+def test_kernels_that_do_not_run_are_a_reason_for_plain_operations_that_is_found_once(error, path, monkeypatch):
+    raised = {
+        "OutOfResources": OutOfResources(151552, 101376, "shared memory"),
+        "CompilationError": CompilationError("def kernel(): pass", ast.parse("def kernel(): pass").body[0], "no"),
+    }[error]
+    tried = []
+
+    def fail(*arguments):
+        tried.append(arguments)
+        raise raised
+
+    arguments = torch.device(DEVICE), torch.float32, 3, 20, False
+    local_rnn_triton.reason_against.cache_clear()
+    assert local_rnn_triton.reason_against(*arguments) is None
+    local_rnn_triton.reason_against.cache_clear()
+    monkeypatch.setattr(local_rnn_triton, f"backward_{path}", fail)
+    for _ in range(2):
+        assert f"do not run on {DEVICE}: {error}" in local_rnn_triton.reason_against(*arguments)
+    assert len(tried) == 1
+    local_rnn_triton.reason_against.cache_clear()
+
+
+def test_a_gpu_whose_kernels_do_not_run_takes_plain_operations_with_a_warning(monkeypatch):
+    monkeypatch.setattr(local_rnn_triton, "reason_against", lambda *arguments: "they do not fit")
+    monkeypatch.setattr(local_rnn_steps, "reason_for_plain", lambda *tensors: None)
+    projected = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert best_implementation(projected, torch.empty(12, 4), 3) == ("plain", "they do not fit", True)
 
 
 @pytest.mark.gpu

@@ -21,10 +21,12 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import numpy as np
+from jinja2 import TemplateError
 from pydantic import PositiveInt
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.utils.chat_template_utils import render_jinja_template
 
 
 PAD, UNK, EOS = "<pad>", "<unk>", "<eos>"
@@ -43,6 +45,8 @@ class Options:
             requires it.
         min_frequency: leave out tokens that occur fewer times in the training text.
         max_texts: train on this many of the first training documents; on all by default, which reads a whole stream.
+        chat_template: a Jinja template that writes a conversation as one text, for `apply_chat_template` and for
+            `python -m scripts.serve`. It is text, which never spells a special token: an answer ends with its document.
     """
 
     kind: Literal["character", "word", "byte_bpe", "pretrained"]
@@ -50,6 +54,7 @@ class Options:
     vocab_size: int | None = None
     min_frequency: int = 1
     max_texts: PositiveInt | None = None
+    chat_template: str | None = None
 
     def __post_init__(self) -> None:
         if (self.name is not None) != (self.kind == "pretrained"):
@@ -59,6 +64,22 @@ class Options:
             raise ValueError("`tokenizer.vocab_size` is missing; byte_bpe needs it, such as 4096")
         if self.vocab_size is not None and self.vocab_size < least:
             raise ValueError(f"`tokenizer.vocab_size` must be at least {least} for {self.kind}, got {self.vocab_size}")
+        if self.chat_template is not None:
+            _check_chat_template(self.chat_template)
+
+
+def _check_chat_template(template: str) -> None:
+    """A ValueError for a template that cannot be rendered, or that would spell special tokens as plain text."""
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token", PAD, UNK, EOS):
+        if name in template:
+            raise ValueError(
+                f"`tokenizer.chat_template` must be plain text and `messages`, got `{name}`: these tokenizers read the "
+                "name of a special token as text"
+            )
+    try:
+        render_jinja_template([[{"role": "user", "content": "text"}]], chat_template=template)
+    except TemplateError as error:
+        raise ValueError(f"`tokenizer.chat_template` must be a Jinja template of `messages`: {error}") from None
 
 
 def build_tokenizer(options: Options, texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -66,7 +87,7 @@ def build_tokenizer(options: Options, texts: Iterable[str]) -> PreTrainedTokeniz
     if options.kind == "pretrained":
         return pretrained(options.name)
     make = {"character": _character, "word": _word, "byte_bpe": _byte_bpe}[options.kind]
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=make(options, texts),
         pad_token=PAD,
         unk_token=None if options.kind == "byte_bpe" else UNK,
@@ -76,6 +97,8 @@ def build_tokenizer(options: Options, texts: Iterable[str]) -> PreTrainedTokeniz
         split_special_tokens=True,
         clean_up_tokenization_spaces=False,
     )
+    tokenizer.chat_template = options.chat_template
+    return tokenizer
 
 
 def pretrained(name: str) -> PreTrainedTokenizerFast:
