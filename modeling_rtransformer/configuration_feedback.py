@@ -14,6 +14,7 @@ from .modeling_feedback import FeedbackTransformerModel
 """
 
 FEEDBACK_POSITIONS = ("none", "shared", "layer")
+FEEDBACK_FORMS = ("steps", "parallel")
 
 AUTO_MAP = {
     "AutoConfig": "configuration_feedback.FeedbackTransformerConfig",
@@ -43,6 +44,12 @@ class FeedbackTransformerConfig(RTransformerConfig):
             A learned score of the distance between query and memory: `"shared"` is one vector a distance for all layers
             and heads (the authors' code), `"layer"` one for each head of each layer, with biases (labml's code). Both
             need `feedback_window`, the largest distance. `"none"` leaves the order to the recurrence.
+        feedback_form (`str`, defaults to `"steps"`):
+            How several positions are computed: `"steps"`, one after the other; `"parallel"`, by passes over all of them
+            until the memories do not change any more, with the same outputs and gradients up to `feedback_tolerance`.
+        feedback_tolerance (`float`, defaults to 1e-6): the largest change of a memory in the last pass, relative to the
+            largest entry of all memories; the same for the gradient of the memories.
+        feedback_max_passes (`int`, defaults to 32): passes after which the steps are computed instead, with a warning.
 
     Raises:
         ValueError: a value out of range or an unknown name, with the field, the value and what would be right.
@@ -68,6 +75,9 @@ class FeedbackTransformerConfig(RTransformerConfig):
     feedback_shared_kv: bool = True
     feedback_norm: bool = True
     feedback_positions: str = "none"
+    feedback_form: str = "steps"
+    feedback_tolerance: float = 1e-6
+    feedback_max_passes: int = 32
 
     def validate_architecture(self) -> None:
         """Check every field against the others. Called by the strict dataclass; raises ValueError."""
@@ -76,6 +86,9 @@ class FeedbackTransformerConfig(RTransformerConfig):
         self._require(self.position_embedding in ("none", "sinusoidal"), "position_embedding", "none or sinusoidal")
         self._require(self.is_causal, "is_causal", "True (a memory is made after the position before it)")
         self._require_name("feedback_positions", FEEDBACK_POSITIONS)
+        self._require_name("feedback_form", FEEDBACK_FORMS)
+        self._require(0 <= self.feedback_tolerance < 1, "feedback_tolerance", "in [0, 1)")
+        self._require(self.feedback_max_passes >= 1, "feedback_max_passes", "at least 1")
         if self.feedback_window is not None:
             self._require(self.feedback_window >= 1, "feedback_window", "at least 1, or None for all memories")
         elif self.feedback_positions != "none":
@@ -118,6 +131,10 @@ class FeedbackTransformerConfig(RTransformerConfig):
     def sliding_window(self) -> int | None:
         """Positions of a sliding window of Transformers, which counts the current one: one more than the memories."""
         return None if self.feedback_window is None else self.feedback_window + 1
+
+    @sliding_window.setter
+    def sliding_window(self, positions: int | None) -> None:
+        self.feedback_window = None if positions is None else positions - 1
 
 
 __all__ = ["FeedbackTransformerConfig"]

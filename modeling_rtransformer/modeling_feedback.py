@@ -12,31 +12,30 @@ Source: Fan et al. 2020, "Addressing Some Limitations of Transformers with Feedb
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 
 from .block import wait_for_offloaded
 from .classification import FrameClassificationHead, SequenceClassificationHead, TokenClassificationHead
 from .configuration_feedback import FeedbackTransformerConfig
-from .feedback import DistanceScores, FeedbackLayer, FeedbackMemory, Visible
-from .inputs import embed_inputs
+from .feedback import DistanceScores, FeedbackLayer, FeedbackMemory
+from .fixed_point import AtFixedPoint, fixed_point
 from .language_modeling import CausalLMHead
-from .library_versions import (
-    BaseModelOutputWithPast,
-    accepts_both_cache_names,
-    named_cache,
-    refuse_unknown_arguments,
-)
-from .modeling_rtransformer import INPUTS, RTransformerModel, RTransformerPreTrainedModel
-from .positions import SequenceInfo, packed_segment_ids, positions_in_sequence
+from .library_versions import BaseModelOutputWithPast, accepts_both_cache_names, named_cache
+from .positions import SequenceInfo
+from .scheduled_layer import Visible
+from .scheduled_model import ModelInputs, ScheduledModel, ScheduledPreTrainedModel
 
+
+logger = logging.get_logger(__name__)
 
 CHECKPOINTED_STEPS = 64  # positions between two checkpoints, with gradient checkpointing
 
@@ -153,31 +152,15 @@ def unflatten(tensors: Sequence[torch.Tensor | None], sizes: Sequence[int]) -> l
     return [list(tensors[end - size : end]) for end, size in zip(ends, sizes)]
 
 
-class FeedbackTransformerPreTrainedModel(RTransformerPreTrainedModel):
+class FeedbackTransformerPreTrainedModel(ScheduledPreTrainedModel):
     """What all Feedback Transformers share."""
 
     config: FeedbackTransformerConfig
     config_class = FeedbackTransformerConfig
     _no_split_modules = ["FeedbackTransformerModel"]  # a step goes through all layers
-    _can_record_outputs = {}  # a layer runs once a position; the model collects their outputs itself
-    _supports_flash_attn = False
-    _supports_flex_attn = False
-    _supports_attention_backend = False
-
-    @staticmethod
-    @accepts_both_cache_names
-    def create_masks_for_generate(
-        config: FeedbackTransformerConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cache: Cache | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor | None:
-        """The padding as it is: no position sees itself, so that no prepared mask of Transformers would be right."""
-        return attention_mask
 
 
-class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, RTransformerModel):
+class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, ScheduledModel):
     """The embedded input, the layers with their memory, and the final norm, without a head."""
 
     layer_class = FeedbackLayer
@@ -215,61 +198,30 @@ class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, RTransformerM
             ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary, a mask of
                 another shape, a cache that has no room for LocalRNN windows or has lost them.
         """
-        refuse_unknown_arguments(kwargs, INPUTS)
-        embedded = embed_inputs(self, input_ids, inputs_embeds, input_values)
-        use_cache = self._check_direction_and_cache(cache, use_cache, kwargs)
-        segment_ids = None
-        if cache is None:
-            segment_ids = packed_segment_ids(
-                *embedded.shape[:2],
-                position_ids=position_ids if attention_mask is None else None,
-                seq_idx=kwargs.get("seq_idx"),
-                cu_seq_lens=kwargs.get("cu_seq_lens_q"),
-            )
-            if use_cache and segment_ids is None:
-                cache = DynamicCache(config=self.config)
-        past = 0 if cache is None else cache.get_seq_length()
-        self._check_mask(attention_mask, *embedded.shape[:2], past)
-        if position_ids is None:
-            position_ids = positions_in_sequence(
-                embedded.shape[1],
-                attention_mask=attention_mask,
-                segment_ids=segment_ids,
-                past_length=past,
-                device=embedded.device,
-            )
-        hidden_states = self._add_positions(embedded, SequenceInfo(position_ids=position_ids))
+        given = self._prepare(
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, input_values, use_cache, kwargs
+        )
+        cache = given.cache
+        hidden_states = self._add_positions(given.embedded, SequenceInfo(position_ids=given.position_ids))
         carried = self._read(cache, hidden_states)
-        around = self._look_around(hidden_states, carried, past, attention_mask, segment_ids)
+        around = self._look_around(given, carried)
         output_attentions = self._wants("output_attentions", kwargs)
-        run, carried = self._run_steps(hidden_states, around, carried, output_attentions)
+        run_all = self._run_steps
+        if self.config.feedback_form == "parallel" and hidden_states.shape[1] > 1:
+            run_all = self._run_parallel
+        run, carried = run_all(hidden_states, around, carried, output_attentions)
         if cache is not None:
             self._write(cache, carried, run)
         last = self.norm(run.states[-1])
         return FeedbackModelOutputWithPast(
             last_hidden_state=last,
             **named_cache(cache),
-            hidden_states=(*run.states[:-1], last) if self._wants("output_hidden_states", kwargs) else None,
+            hidden_states=(hidden_states, *run.states[1:-1], last)
+            if self._wants("output_hidden_states", kwargs)
+            else None,
             attentions=self._by_position(run.weights, around, cache) if run.weights else None,
             memories=run.memories,
         )
-
-    def _wants(self, name: str, kwargs: dict[str, Any]) -> bool:
-        wanted = kwargs.get(name)
-        return bool(getattr(self.config, name, False) if wanted is None else wanted)
-
-    @staticmethod
-    def _check_mask(attention_mask: Any, batch: int, length: int, past: int | torch.Tensor) -> None:
-        if attention_mask is None:
-            return
-        shape = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask)
-        long_enough = isinstance(past, torch.Tensor) or shape == (batch, past + length)
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2 or not long_enough:
-            positions = "past + length" if isinstance(past, torch.Tensor) else past + length
-            raise ValueError(
-                f"`attention_mask` must have the shape (batch, past + length) = ({batch}, {positions}), 0 where "
-                f"padded, got {shape}"
-            )
 
     def _read(self, cache: Cache | None, hidden_states: torch.Tensor) -> Carried:
         """What the cache has of the past. Nothing is written before all layers have run, so nothing is copied here."""
@@ -280,31 +232,16 @@ class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, RTransformerM
         for layer_idx, layer in enumerate(layers):
             wait_for_offloaded(cache, layer_idx, hidden_states.device)
             cached = cache.layers[layer_idx] if cache is not None and layer_idx < len(cache.layers) else None
-            if layer_idx < banks and cached is not None and cached.is_initialized:
-                keys, values = self._read_memories(cached)
-                carried.keys[layer_idx], carried.values[layer_idx] = keys, values
+            if layer_idx < banks:
+                carried.keys[layer_idx], carried.values[layer_idx] = self._cached_keys(
+                    cached, self.config.feedback_window
+                )
             for index in range(len(layer.local_rnns)):
                 window = None
                 if cached is not None and size[1] > 0 and cached.has_previous_state[index]:
                     window = cached.conv_states[index][..., -size[1] :].transpose(1, 2)
                 carried.windows.append(hidden_states.new_zeros(size) if window is None else window)
         return carried
-
-    def _read_memories(self, cached: CacheLayerMixin) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Keys and values of a layer of the cache; those of a static one with the free room behind them."""
-        length = cached.get_seq_length()
-        if isinstance(length, torch.Tensor):
-            return cached.keys, cached.values
-        needed = length if self.config.feedback_window is None else min(length, self.config.feedback_window)
-        if needed == 0:
-            return None, None
-        keys, values = cached.keys[:, :, :length], cached.values[:, :, :length]
-        if keys.shape[2] < needed:
-            raise ValueError(
-                f"`cache` must hold the keys and values of {needed} memories, got {keys.shape[2]}, as in a quantized "
-                "cache; use one that `DynamicCache(config=model.config)` makes"
-            )
-        return keys, values
 
     def _write(self, cache: Cache, carried: Carried, run: Run) -> None:
         """Add the memories and the LocalRNN inputs of the T positions to the cache."""
@@ -319,16 +256,10 @@ class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, RTransformerM
                 inputs = F.pad(inputs, (window - 1, 0))  # here, where the cache would make short inputs a special case
             cache.update_conv_state(inputs, layer_idx, state_idx=index, conv_kernel_size=window)
 
-    def _look_around(
-        self,
-        hidden_states: torch.Tensor,
-        carried: Carried,
-        past: int | torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        segment_ids: torch.Tensor | None,
-    ) -> Surroundings:
+    def _look_around(self, given: ModelInputs, carried: Carried) -> Surroundings:
         """Which memories each position sees: of its past, within the window, not padded, of its own sequence."""
-        length, window, device = hidden_states.shape[1], self.config.feedback_window, hidden_states.device
+        past, attention_mask, segment_ids = given.past_length, given.attention_mask, given.segment_ids
+        length, window, device = given.embedded.shape[1], self.config.feedback_window, given.embedded.device
         num_cached = 0 if carried.keys[0] is None else carried.keys[0].shape[2]
         is_static = isinstance(past, torch.Tensor)  # memories stand at their positions, and free room behind them
         queries = past + torch.arange(length, device=device)  # (T,)
@@ -356,7 +287,7 @@ class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, RTransformerM
     ) -> tuple[Run, Carried]:
         """The definition: one position after the other. With gradient checkpointing, a stretch of them at a time."""
         length = hidden_states.shape[1]
-        if not (self.gradient_checkpointing and self.training and torch.is_grad_enabled()):
+        if not self.is_checkpointing:
             return self._run_stretch(range(length), hidden_states, around, carried, output_attentions)
         runs = []
         for first in range(0, length, CHECKPOINTED_STEPS):
@@ -364,6 +295,49 @@ class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, RTransformerM
             run, carried = self._run_checkpointed(steps, hidden_states, around, carried, output_attentions)
             runs.append(run)
         return Run.joined(runs), carried
+
+    def _run_parallel(
+        self, hidden_states: torch.Tensor, around: Surroundings, carried: Carried, output_attentions: bool
+    ) -> tuple[Run, Carried]:
+        """`_run_steps` by passes over all T positions, from the embeddings as the first memories."""
+        if self.is_checkpointing:
+            logger.warning_once(
+                "`feedback_form` 'parallel' has no gradient checkpointing; one step after the other runs"
+            )
+            return self._run_steps(hidden_states, around, carried, output_attentions)
+        if is_tracing(hidden_states):  # the number of passes depends on values
+            return self._run_steps(hidden_states, around, carried, output_attentions)
+        needs_grad = torch.is_grad_enabled()
+        devices = [hidden_states.device] if hidden_states.is_cuda else []
+
+        def run_pass(memories: torch.Tensor) -> Run:
+            seen = carried.after(*self._keys_and_values(memories), [])._replace(windows=carried.windows)
+            return self._run_layers(hidden_states, seen, around.view, self._rems(around))
+
+        def next_memories(memories: torch.Tensor) -> torch.Tensor:
+            with torch.random.fork_rng(devices, enabled=self.training):  # every pass has the same dropout
+                return run_pass(memories).memories
+
+        memories, settled = fixed_point(
+            next_memories, hidden_states, self.config.feedback_tolerance, self.config.feedback_max_passes
+        )
+        if not settled:
+            logger.warning_once(
+                f"after `feedback_max_passes` ({self.config.feedback_max_passes}) the memories still changed by more "
+                f"than `feedback_tolerance` ({self.config.feedback_tolerance}); one step after the other runs"
+            )
+            return self._run_steps(hidden_states, around, carried, output_attentions)
+        start = memories.detach().requires_grad_(needs_grad)
+        run = run_pass(start)
+        weights = run.weights if output_attentions else []
+        if needs_grad and run.memories.requires_grad:
+            sizes = [len(run.states) - 1, len(run.inputs), len(weights)]
+            memories, *others = AtFixedPoint.apply(
+                self.config.feedback_tolerance, start, run.memories, *run.states[1:], *run.inputs, *weights
+            )
+            states, inputs, weights = unflatten(others, sizes)
+            run = Run(memories, [run.states[0], *states], inputs, weights)
+        return run._replace(weights=weights), carried.after(*self._keys_and_values(run.memories), run.inputs)
 
     def _run_checkpointed(
         self, steps: range, hidden_states: torch.Tensor, around: Surroundings, carried: Carried, output_attentions: bool
@@ -377,7 +351,7 @@ class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, RTransformerM
             outputs, out_sizes[:] = flatten(*self._run_stretch(steps, hidden_states, around, given, output_attentions))
             return tuple(outputs)
 
-        outputs = self._gradient_checkpointing_func(run, hidden_states, *tensors)
+        outputs = self.checkpointed(run, hidden_states, *tensors)
         [memories], states, inputs, weights, *left = unflatten(outputs, out_sizes)
         return Run(memories, states, inputs, weights), Carried(*left)
 
@@ -439,17 +413,11 @@ class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, RTransformerM
     def _keys_and_values(self, memories: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         """Keys and values `(B, H, T, d)` of memories `(B, T, D)`, for all layers or for each."""
         if self.config.feedback_shared_kv:
-            made_by = [(self.memory.norm, self.memory)]
+            pairs = [self.memory.keys_and_values(memories)]
         else:
             layers = self.layers[: self.config.num_hidden_layers]
-            made_by = [(layer.self_attn_norm, layer.self_attn) for layer in layers]
-        split = (*memories.shape[:2], self.config.num_attention_heads, self.config.head_dim)
-        keys, values = [], []
-        for norm, projections in made_by:
-            normal = norm(memories)
-            keys.append(projections.k_proj(normal).view(split).transpose(1, 2))
-            values.append(projections.v_proj(normal).view(split).transpose(1, 2))
-        return keys, values
+            pairs = [layer.self_attn.keys_and_values(layer.self_attn_norm(memories)) for layer in layers]
+        return [keys for keys, _ in pairs], [values for _, values in pairs]
 
     @staticmethod
     def _by_position(
@@ -481,6 +449,7 @@ FeedbackTransformerPreTrainedModel.base_class = FeedbackTransformerModel  # whic
 
 class FeedbackTransformerForCausalLM(CausalLMHead, FeedbackTransformerPreTrainedModel, GenerationMixin):
     __doc__ = CausalLMHead.__doc__
+    _tp_plan = {}
 
 
 class FeedbackTransformerForSequenceClassification(SequenceClassificationHead, FeedbackTransformerPreTrainedModel):

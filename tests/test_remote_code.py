@@ -18,6 +18,9 @@ from modeling_rtransformer import (
     RTransformerForSequenceClassification,
     RTransformerForTimeSeriesPrediction,
     RTransformerModel,
+    TemporalLatentBottleneckConfig,
+    TemporalLatentBottleneckForSequenceClassification,
+    TemporalLatentBottleneckModel,
 )
 from tests.conftest import tiny_config
 
@@ -44,10 +47,10 @@ CHECKPOINTS = [
     *[(head, tiny_config(is_causal=False)) for head in HEADS],
     *[(head, tiny_config(is_causal=False, num_input_features=3)) for head in HEADS],
     *[(head, tiny_config(is_causal=False, num_input_features=3, prediction_length=2)) for head in FORECASTERS],
-    *[
-        (head, FeedbackTransformerConfig(**SMALL))
-        for head in (FeedbackTransformerForCausalLM, FeedbackTransformerModel)
-    ],
+    (FeedbackTransformerForCausalLM, FeedbackTransformerConfig(**SMALL)),
+    (FeedbackTransformerModel, FeedbackTransformerConfig(**SMALL, num_input_features=3)),
+    (TemporalLatentBottleneckForSequenceClassification, TemporalLatentBottleneckConfig(**SMALL, chunk_length=4)),
+    (TemporalLatentBottleneckModel, TemporalLatentBottleneckConfig(**SMALL, num_input_features=3)),
 ]
 
 
