@@ -196,7 +196,8 @@ class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, ScheduledMode
 
         Raises:
             ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary, a mask of
-                another shape, a cache that has no room for LocalRNN windows or has lost them.
+                another shape or with zeros between ones, a cache that has no room for LocalRNN windows or has lost
+                them.
         """
         given = self._prepare(
             input_ids, attention_mask, position_ids, cache, inputs_embeds, input_values, use_cache, kwargs

@@ -24,7 +24,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 
-from .block import make_layer_norm, wait_for_offloaded
+from .block import wait_for_offloaded
 from .classification import FrameClassificationHead, SequenceClassificationHead, TokenClassificationHead
 from .configuration_latent_bottleneck import TemporalLatentBottleneckConfig
 from .language_modeling import CausalLMHead
@@ -140,7 +140,7 @@ class TemporalLatentBottleneckModel(TemporalLatentBottleneckPreTrainedModel, Sch
         `input_values` `(B, T, F)`.
 
         Args:
-            attention_mask (`(B, past + T)`, *optional*): 0 where padded, on either side; on the left with a past.
+            attention_mask (`(B, past + T)`, *optional*): 0 where padded, on either side.
             position_ids, `seq_idx`, `cu_seq_lens_q`: as in [`RTransformerModel`].
             cache (`Cache`, *optional*): keys, values, outputs and LocalRNN windows of the chunk that is not full, and
                 the latents.
@@ -148,8 +148,8 @@ class TemporalLatentBottleneckModel(TemporalLatentBottleneckPreTrainedModel, Sch
 
         Raises:
             ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary, a mask of
-                another shape or padded on the right of a past, a cache that has no room for the latents or has lost
-                them, `output_attentions`.
+                another shape or with zeros between ones, a cache that has no room for the latents or has lost them,
+                `output_attentions`.
         """
         if self._wants("output_attentions", kwargs):
             raise ValueError("`output_attentions` must be False: a chunk attends to itself and to latents, got True")
@@ -190,11 +190,6 @@ class TemporalLatentBottleneckModel(TemporalLatentBottleneckPreTrainedModel, Sch
         mask = mask.bool()
         if isinstance(past, int) and past == 0:
             return torch.zeros(batch, dtype=torch.long, device=device), mask
-        if not torch.compiler.is_compiling() and (mask[:, :-1] & ~mask[:, 1:]).any():
-            raise ValueError(
-                "`attention_mask` must have its zeros on the left of each row where a cache goes on, since the cache "
-                "keeps the last positions alone, got zeros behind ones"
-            )
         is_past = torch.arange(mask.shape[1], device=device) < past
         return (mask & is_past).sum(1), mask[:, -length:]
 
@@ -414,14 +409,14 @@ class TemporalLatentBottleneckForSequenceClassification(
 
         scores = W_2 relu(W_1 mean(norm(S)))
 
-    and with "positions" as by the other models: of the last real position, or of their mean if not causal.
+    with the final norm of the base model, and with "positions" as by the other models: of the last real position, or of
+    their mean if not causal.
     """
 
     def __init__(self, config: TemporalLatentBottleneckConfig):
         super().__init__(config)
         if config.read_out == "latents":
             self.model.outputs_latents = True
-            self.latent_norm = make_layer_norm(config)
             self.latent_proj = nn.Linear(config.hidden_size, config.intermediate_size)
             self.latent_score = nn.Linear(config.intermediate_size, config.num_labels)
             del self.score  # of positions
@@ -430,7 +425,7 @@ class TemporalLatentBottleneckForSequenceClassification(
     def scores(self, outputs: TemporalLatentBottleneckModelOutputWithPast, real: torch.Tensor | None) -> torch.Tensor:
         if self.config.read_out == "positions":
             return super().scores(outputs, real)
-        return self.latent_score(F.relu(self.latent_proj(self.latent_norm(outputs.latents).mean(1))))
+        return self.latent_score(F.relu(self.latent_proj(self.model.norm(outputs.latents).mean(1))))
 
 
 class TemporalLatentBottleneckForTokenClassification(TokenClassificationHead, TemporalLatentBottleneckPreTrainedModel):

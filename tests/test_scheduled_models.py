@@ -223,6 +223,7 @@ class TestHeads:
             model = auto_class.from_config(config).eval()
             assert model.main_input_name == "input_values" and model(input_values=values)[0].shape == shape
 
+    @pytest.mark.parametrize("variant", ["feedback-shared", "bottleneck-chunks"])
     def test_frames_may_have_several_labels(self, variant):
         config = tiny_config(variant, num_input_features=3, num_labels=4, problem_type="multi_label_classification")
         model = AutoModelForAudioFrameClassification.from_config(config).eval()
@@ -249,6 +250,7 @@ def test_loaded_weights_are_those_saved(variant, tmp_path):
         assert torch.equal(head.model.state_dict()[name], value), name
 
 
+@pytest.mark.parametrize("variant", ["feedback-shared", "bottleneck-chunks"])
 class TestBadInput:
     @pytest.mark.parametrize(
         ("mask", "shape"),
@@ -269,6 +271,14 @@ class TestBadInput:
     def test_input_that_does_not_fit_is_refused(self, variant, inputs, message):
         with pytest.raises(ValueError, match=message):
             causal_lm(variant)(**inputs)
+
+    def test_a_cache_does_not_go_on_behind_padding_on_the_right(self, variant):
+        model = causal_lm(variant)
+        cache = DynamicCache(config=model.config)
+        mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+        model(random_ids(2, 7), attention_mask=mask, cache=cache)
+        with pytest.raises(ValueError, match="`attention_mask` must be 0 on the left or on the right .* got 0 between"):
+            model(random_ids(2, 1), attention_mask=torch.cat([mask, torch.ones(2, 1).long()], dim=1), cache=cache)
 
     def test_an_argument_that_no_model_has_is_refused(self, variant):
         with pytest.raises(TypeError, match="`atention_mask` is not an argument .* did you mean `attention_mask`"):
