@@ -98,11 +98,6 @@ class FeedbackTransformerConfig(RTransformerConfig):
             )
 
     @property
-    def has_windows(self) -> bool:
-        """Whether the cache must hold inputs of LocalRNNs."""
-        return self.num_local_rnns > 0 and self.local_window > 1
-
-    @property
     def layer_types(self) -> list[str]:
         """
         What the cache of Transformers must hold for each layer: keys and values of all memories or of the last ones, in

@@ -102,11 +102,6 @@ class TemporalLatentBottleneckConfig(RTransformerConfig):
             self._require(self.num_local_rnns == 0, "num_local_rnns", "0 with `is_causal` False")
 
     @property
-    def has_windows(self) -> bool:
-        """Whether the cache must hold inputs of LocalRNNs."""
-        return self.num_local_rnns > 0 and self.local_window > 1
-
-    @property
     def layer_types(self) -> list[str]:
         """
         What the cache of Transformers must hold: of each self-attention layer the keys and values of the chunk, and the

@@ -122,7 +122,9 @@ class ScheduledModel(ScheduledPreTrainedModel, RTransformerModel):
         use_cache = self._check_direction_and_cache(cache, use_cache, kwargs)
         batch, length = embedded.shape[:2]
         segment_ids = None
-        if cache is None:
+        if cache is not None:
+            self._refuse_packed_rows(attention_mask, position_ids, None, kwargs)
+        else:
             segment_ids = packed_segment_ids(
                 batch,
                 length,

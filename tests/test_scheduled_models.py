@@ -272,6 +272,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match=message):
             causal_lm(variant)(**inputs)
 
+    def test_packed_sequences_are_not_put_into_a_cache(self, variant):
+        model = causal_lm(variant)
+        with pytest.raises(ValueError, match="`seq_idx` describes packed sequences, and a `cache` holds one"):
+            ids = random_ids(1, 6)
+            model(ids, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]), cache=DynamicCache(config=model.config))
+
     def test_a_cache_does_not_go_on_behind_padding_on_the_right(self, variant):
         model = causal_lm(variant)
         cache = DynamicCache(config=model.config)
