@@ -89,36 +89,54 @@ class View(NamedTuple):
 
 class Surroundings(NamedTuple):
     """
-    The same for all T positions of a call, from which the view of each is taken.
+    What is known of all T positions of a call and of all S memories, those of the past and then those of the T.
 
     Args:
-        view: of all positions, on all memories: those of the past, then those of the T positions.
+        queries (`(T,)`), keys (`(S,)`): where the positions and the memories stand, from the beginning of the cache.
         past: how many of the memories are of the past.
-        key_positions (`(S,)`): where each memory stands, counted from the beginning of the cache.
-        in_order: whether a position sees all memories before its own, or the last `window` of them. If not, the mask of
-            the view says which.
         window: M, or None for all memories.
+        seen (`(B or 1, S)`, bool, *optional*): False for memories of padding, and for free room of a static cache.
+        present (`(B, T)`, *optional*): 0 where padded.
+        segment_ids (`(B, T)`, *optional*): packed sequences; there is no past then.
     """
 
-    view: View
+    queries: torch.Tensor
+    keys: torch.Tensor
     past: int
-    key_positions: torch.Tensor
-    in_order: bool
     window: int | None
+    seen: torch.Tensor | None
+    present: torch.Tensor | None
+    segment_ids: torch.Tensor | None
+
+    def of_all(self) -> View:
+        """The view of all positions together, on all memories."""
+        distance = self.queries[:, None] - self.keys
+        visible = Visible(distance, self._mask(distance, slice(None), slice(None)))
+        return View(slice(None), visible, self.present, self.segment_ids)
 
     def of_step(self, step: int, local_window: int) -> View:
-        """The view of position `step` of the T, whose memory comes after those of `past + step`."""
+        """The view of position `step`, whose memory comes after those of `past + step`."""
         here, last = slice(step, step + 1), self.past + step
-        first = max(0, last - self.window) if self.in_order and self.window is not None else 0
-        columns = slice(first, last)
-        distance, mask = self.view.visible
-        visible = Visible(distance[here, columns], None if self.in_order else mask[:, :, here, columns])
-        present, ids = self.view.present, self.view.segment_ids
-        before = None
+        in_order = self.seen is None and self.segment_ids is None
+        columns = slice(max(0, last - self.window) if in_order and self.window is not None else 0, last)
+        distance = self.queries[here, None] - self.keys[columns]
+        visible = Visible(distance, None if in_order else self._mask(distance, here, columns))
+        ids, before = self.segment_ids, None
         if ids is not None:
             ids_before = F.pad(ids, (local_window - 1, 0), value=-1)[:, step : step + local_window - 1]
             before = (ids_before == ids[:, here])[..., None]
-        return View(columns, visible, None if present is None else present[:, here], None, before)
+        return View(columns, visible, None if self.present is None else self.present[:, here], None, before)
+
+    def _mask(self, distance: torch.Tensor, rows: slice, columns: slice) -> torch.Tensor:
+        """`(B or 1, 1, rows, columns)`: of the past, within the window, there, and of the same sequence."""
+        mask = (distance >= 1)[None]
+        if self.window is not None:
+            mask = mask & (distance <= self.window)
+        if self.seen is not None:
+            mask = mask & self.seen[:, None, columns]
+        if self.segment_ids is not None:
+            mask = mask & (self.segment_ids[:, rows, None] == self.segment_ids[:, None, columns])
+        return mask[:, None]
 
 
 class Run(NamedTuple):
@@ -258,30 +276,22 @@ class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, ScheduledMode
             cache.update_conv_state(inputs, layer_idx, state_idx=index, conv_kernel_size=window)
 
     def _look_around(self, given: ModelInputs, carried: Carried) -> Surroundings:
-        """Which memories each position sees: of its past, within the window, not padded, of its own sequence."""
-        past, attention_mask, segment_ids = given.past_length, given.attention_mask, given.segment_ids
-        length, window, device = given.embedded.shape[1], self.config.feedback_window, given.embedded.device
+        """Where positions and memories stand, and which of these are there to be seen."""
+        past, attention_mask = given.past_length, given.attention_mask
+        length, device = given.embedded.shape[1], given.embedded.device
         num_cached = 0 if carried.keys[0] is None else carried.keys[0].shape[2]
         is_static = isinstance(past, torch.Tensor)  # memories stand at their positions, and free room behind them
-        queries = past + torch.arange(length, device=device)  # (T,)
+        queries = past + torch.arange(length, device=device)
         cached = torch.arange(num_cached, device=device) + (0 if is_static else past - num_cached)
-        keys = torch.cat([cached, queries])  # (S,)
-        distance = queries[:, None] - keys  # (T, S)
-        mask = distance >= 1
-        if window is not None:
-            mask = mask & (distance <= window)
+        keys = torch.cat([cached, queries])
+        seen, present = None, None
         if is_static:
-            mask = mask & torch.cat([cached < past, torch.ones_like(queries, dtype=torch.bool)])
-        mask = mask[None]  # (B or 1, T, S)
-        present = None
-        if attention_mask is not None and (torch.compiler.is_compiling() or not attention_mask.all()):
-            mask = mask & attention_mask.bool()[:, None, keys.clamp(max=attention_mask.shape[1] - 1)]
+            seen = torch.cat([cached < past, torch.ones_like(queries, dtype=torch.bool)])[None]
+        if attention_mask is not None and (is_tracing(attention_mask) or not attention_mask.all()):
+            real = attention_mask.bool()[:, keys.clamp(max=attention_mask.shape[1] - 1)]
+            seen = real if seen is None else seen & real
             present = attention_mask[:, -length:]
-        if segment_ids is not None:
-            mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
-        view = View(slice(None), Visible(distance, mask[:, None]), present, segment_ids)
-        in_order = not is_static and present is None and segment_ids is None
-        return Surroundings(view, num_cached, keys, in_order, window)
+        return Surroundings(queries, keys, num_cached, self.config.feedback_window, seen, present, given.segment_ids)
 
     def _run_steps(
         self, hidden_states: torch.Tensor, around: Surroundings, carried: Carried, output_attentions: bool
@@ -308,12 +318,12 @@ class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, ScheduledMode
             return self._run_steps(hidden_states, around, carried, output_attentions)
         if is_tracing(hidden_states):  # the number of passes depends on values
             return self._run_steps(hidden_states, around, carried, output_attentions)
-        needs_grad = torch.is_grad_enabled()
+        needs_grad, view = torch.is_grad_enabled(), around.of_all()
         devices = [hidden_states.device] if hidden_states.is_cuda else []
 
         def run_pass(memories: torch.Tensor) -> Run:
             seen = carried.after(*self._keys_and_values(memories), [])._replace(windows=carried.windows)
-            return self._run_layers(hidden_states, seen, around.view, self._rems(around))
+            return self._run_layers(hidden_states, seen, view, self._rems(around))
 
         def next_memories(memories: torch.Tensor) -> torch.Tensor:
             with torch.random.fork_rng(devices, enabled=self.training):  # every pass has the same dropout
@@ -367,7 +377,7 @@ class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, ScheduledMode
             carried = carried.after(*self._keys_and_values(run.memories), run.inputs)
             weights = []
             if output_attentions:  # the memories that were left out of the view have no weight
-                behind = around.view.visible.distance.shape[1] - view.columns.stop
+                behind = len(around.keys) - view.columns.stop
                 weights = [F.pad(layer, (view.columns.start, behind)) for layer in run.weights]
             runs.append(run._replace(weights=weights))
         return Run.joined(runs), carried
@@ -408,7 +418,7 @@ class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, ScheduledMode
 
     def _rems(self, around: Surroundings) -> list[torch.Tensor | None]:
         """The REMs of each layer by distance, for the largest one that there may be."""
-        length = around.view.visible.distance.shape[1] + 1
+        length = len(around.keys) + 1
         return [layer.self_attn.rem_by_distance(length) for layer in self.layers[: self.config.num_hidden_layers]]
 
     def _keys_and_values(self, memories: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -430,7 +440,7 @@ class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, ScheduledMode
             return tuple(weights)
         columns = layer.keys.shape[2]
         free = weights[0].new_zeros(*weights[0].shape[:3], columns)
-        places = around.key_positions.clamp(max=columns - 1)
+        places = around.keys.clamp(max=columns - 1)
         return tuple(free.index_add(3, places, of_layer) for of_layer in weights)
 
     def cache_of(self, memories: torch.Tensor) -> Cache:

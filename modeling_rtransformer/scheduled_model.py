@@ -50,6 +50,7 @@ class ScheduledPreTrainedModel(RTransformerPreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _supports_attention_backend = False
+    _can_compile_fullgraph = False  # not tried; `generate` then compiles nothing on its own
 
     @staticmethod
     @accepts_both_cache_names
