@@ -208,14 +208,14 @@ class FeedbackTransformerModel(FeedbackTransformerPreTrainedModel, ScheduledMode
         `input_values` `(B, T, F)`.
 
         Args:
-            attention_mask (`(B, past + T)`, *optional*): 0 where padded, on either side.
+            attention_mask (`(B, past + T)`, *optional*):
+                0 where padded, on either side. Windows and distances count positions, padded ones between others too.
             position_ids, `seq_idx`, `cu_seq_lens_q`: as in [`RTransformerModel`].
             cache (`Cache`, *optional*): keys and values of the memories of the past, and LocalRNN windows.
 
         Raises:
             ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary, a mask of
-                another shape or with zeros between ones, a cache that has no room for LocalRNN windows or has lost
-                them.
+                another shape, a cache that has no room for LocalRNN windows or has lost them.
         """
         given = self._prepare(
             input_ids, attention_mask, position_ids, cache, inputs_embeds, input_values, use_cache, kwargs

@@ -148,8 +148,8 @@ class TemporalLatentBottleneckModel(TemporalLatentBottleneckPreTrainedModel, Sch
 
         Raises:
             ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary, a mask of
-                another shape or with zeros between ones, a cache that has no room for the latents or has lost them,
-                `output_attentions`.
+                another shape, or with zeros between ones and a past, a cache that has no room for the latents or has
+                lost them, `output_attentions`.
         """
         if self._wants("output_attentions", kwargs):
             raise ValueError("`output_attentions` must be False: a chunk attends to itself and to latents, got True")
@@ -190,6 +190,12 @@ class TemporalLatentBottleneckModel(TemporalLatentBottleneckPreTrainedModel, Sch
         mask = mask.bool()
         if isinstance(past, int) and past == 0:
             return torch.zeros(batch, dtype=torch.long, device=device), mask
+        ended = (mask[:, :-1] & ~mask[:, 1:]).cumsum(1) > 0
+        if not is_tracing(mask) and (ended & mask[:, 1:]).any():
+            raise ValueError(
+                "`attention_mask` must have no zeros between the ones of a row where a cache goes on, since the cache "
+                "keeps the last positions alone, got some, as behind padding on the right; pad on the left"
+            )
         is_past = torch.arange(mask.shape[1], device=device) < past
         return (mask & is_past).sum(1), mask[:, -length:]
 

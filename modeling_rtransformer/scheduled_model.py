@@ -13,7 +13,6 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils.import_utils import is_tracing
 
 from .inputs import embed_inputs
 from .library_versions import accepts_both_cache_names, refuse_unknown_arguments
@@ -164,16 +163,6 @@ class ScheduledModel(ScheduledPreTrainedModel, RTransformerModel):
             raise ValueError(
                 f"`attention_mask` must have the shape (batch, past + length) = ({batch}, {positions}), 0 where "
                 f"padded, got {shape}"
-            )
-        if is_tracing(attention_mask):
-            return
-        real = attention_mask.bool()
-        ended = (real[:, :-1] & ~real[:, 1:]).cumsum(1) > 0
-        if (ended & real[:, 1:]).any():
-            raise ValueError(
-                "`attention_mask` must be 0 on the left or on the right of a row, since distances and chunks are "
-                "counted in positions, got 0 between ones, as where a cache goes on behind padding on the right; pad "
-                "on the left"
             )
 
     @staticmethod

@@ -243,6 +243,20 @@ class TestBadInput:
             model(random_ids(2, 1), cache=cache)
 
 
+def test_a_cache_does_not_go_on_behind_padding_on_the_right():
+    model = causal_lm("bottleneck-chunks")
+    cache = DynamicCache(config=model.config)
+    mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
+    ids, more = random_ids(2, 7), random_ids(2, 1)
+    model(ids, attention_mask=mask, cache=cache)
+    longer = torch.cat([mask, torch.ones(2, 1).long()], dim=1)
+    with pytest.raises(ValueError, match="`attention_mask` must have no zeros between the ones .* got some"):
+        model(more, attention_mask=longer, cache=cache)
+    whole = model(torch.cat([ids, more], dim=1), attention_mask=longer).logits  # without a past tokens are counted
+    alone = model(torch.cat([ids[1, :5], more[1]])[None]).logits
+    torch.testing.assert_close(whole[1, -1], alone[0, -1], **CLOSE)
+
+
 def test_the_base_model_has_the_latents_that_each_chunk_found():
     model = TemporalLatentBottleneckModel(tiny_config("bottleneck-chunks")).eval()
     output = model(random_ids(2, 13), output_latents=True)

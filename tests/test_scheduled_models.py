@@ -278,14 +278,6 @@ class TestBadInput:
             ids = random_ids(1, 6)
             model(ids, seq_idx=torch.tensor([[0, 0, 0, 1, 1, 1]]), cache=DynamicCache(config=model.config))
 
-    def test_a_cache_does_not_go_on_behind_padding_on_the_right(self, variant):
-        model = causal_lm(variant)
-        cache = DynamicCache(config=model.config)
-        mask = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
-        model(random_ids(2, 7), attention_mask=mask, cache=cache)
-        with pytest.raises(ValueError, match="`attention_mask` must be 0 on the left or on the right .* got 0 between"):
-            model(random_ids(2, 1), attention_mask=torch.cat([mask, torch.ones(2, 1).long()], dim=1), cache=cache)
-
     def test_an_argument_that_no_model_has_is_refused(self, variant):
         with pytest.raises(TypeError, match="`atention_mask` is not an argument .* did you mean `attention_mask`"):
             causal_lm(variant)(random_ids(1, 3), atention_mask=None)
