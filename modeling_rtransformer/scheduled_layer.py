@@ -134,11 +134,9 @@ class ScheduledAttention(nn.Module):
             mask = scores if mask is None else mask + scores
             if positions.query_bias is not None:
                 query = query + positions.query_bias[:, None].to(query.dtype)
-        attention_interface: Callable = eager_attention_forward
-        if length > 1 or query.device.type != "cpu":  # for one query on a CPU two products are faster than a fused call
-            attention_interface = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
-            )
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
         output, weights = attention_interface(
             self,
             query,
@@ -149,7 +147,6 @@ class ScheduledAttention(nn.Module):
             scaling=self.scaling,
             **kwargs,
         )  # (B, T, H, d), (B, H, T, S) or None
-        weights = weights if self.config._attn_implementation == "eager" else None
         if rem is not None:
             matrix = rem[:, visible.distance.clamp(0, rem.shape[1] - 1)]  # (H, T, S)
             matrix = matrix.to(values.dtype) if visible.mask is None else matrix.to(values.dtype) * visible.mask
