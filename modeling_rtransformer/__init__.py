@@ -16,11 +16,15 @@ from packaging.version import Version
 from transformers import PreTrainedConfig
 from transformers.utils import is_peft_available
 
-from . import modeling_forecaster, modeling_rtransformer
+from . import modeling_feedback, modeling_forecaster, modeling_latent_bottleneck, modeling_rtransformer
+from .configuration_feedback import FeedbackTransformerConfig
 from .configuration_forecaster import RTransformerForecasterConfig
+from .configuration_latent_bottleneck import TemporalLatentBottleneckConfig
 from .configuration_rtransformer import RTransformerConfig
 from .configuration_rtransformer import rem_heads as rem_heads
+from .modeling_feedback import *  # noqa: F403
 from .modeling_forecaster import *  # noqa: F403
+from .modeling_latent_bottleneck import *  # noqa: F403
 from .modeling_rtransformer import *  # noqa: F403
 
 
@@ -31,7 +35,12 @@ if HAS_PEFT:
     from .rsa_adapter import RsaConfig as RsaConfig
     from .rsa_adapter import add_rsa as add_rsa
 
-CONFIGS = (RTransformerConfig, RTransformerForecasterConfig)
+CONFIGS = (
+    RTransformerConfig,
+    RTransformerForecasterConfig,
+    FeedbackTransformerConfig,
+    TemporalLatentBottleneckConfig,
+)
 
 
 def model_classes(config_class: type[PreTrainedConfig] = RTransformerConfig) -> dict[str, type]:
@@ -67,4 +76,6 @@ __all__ = [
     *(config_class.__name__ for config_class in CONFIGS),
     *modeling_rtransformer.__all__,
     *modeling_forecaster.__all__,
+    *modeling_feedback.__all__,
+    *modeling_latent_bottleneck.__all__,
 ]

@@ -93,6 +93,10 @@ class SequenceClassificationHead(LabelScores):
     bidirectional one.
     """
 
+    def scores(self, outputs: BaseModelOutputWithPast, real: torch.Tensor | None) -> torch.Tensor:
+        """`(B, num_labels)` from the base model's outputs; `real` `(B, T)` is 0 where padded."""
+        return self.score(pool(outputs.last_hidden_state, real, self.config.is_causal))
+
     @accepts_both_cache_names
     @can_return_tuple
     def forward(
@@ -136,7 +140,7 @@ class SequenceClassificationHead(LabelScores):
         real = attention_mask
         if (real is None or real.dim() != 2) and input_ids is not None and self.config.pad_token_id is not None:
             real = input_ids != self.config.pad_token_id
-        logits = self.score(pool(outputs.last_hidden_state, real, self.config.is_causal))
+        logits = self.scores(outputs, real)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config, **kwargs)

@@ -1,6 +1,7 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
 """Configuration of R-Transformer, of Transformers with RSA heads, and of both together."""
 
+import dataclasses
 import difflib
 from typing import Any, ClassVar
 
@@ -47,6 +48,17 @@ FORMER_FIELDS = {
     "linear_shortcut": False,
     "forecast_loss": "mse",
 }
+
+# The fields that the other systems of this package share with an R-Transformer: of the embedded input, of the sublayers
+# that they are made of, and of the heads.
+SHARED_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+    *("is_causal", "num_local_rnns", "local_rnn_type", "local_window", "local_padding"),
+    *("rem_kinds", "rem_dilations", "rem_gate", "rem_layers", "position_embedding", "final_norm"),
+    *("layer_norm_type", "layer_norm_eps", "num_input_features", "tie_word_embeddings", "lm_head_bias"),
+    *("embedding_dropout", "hidden_dropout", "attention_dropout", "initializer_range", "use_cache"),
+    *("pad_token_id", "bos_token_id", "eos_token_id"),
+)
 
 
 def nearest(name: str, valid) -> str:
@@ -304,6 +316,16 @@ class RTransformerConfig(PreTrainedConfig):
                 "rem_layers",
                 f"indices of the {self.num_hidden_layers} blocks, from 0 to {self.num_hidden_layers - 1}",
             )
+
+    def _refuse_unread(self, read: tuple[str, ...]) -> None:
+        """Refuse a value other than the default in a field of [`RTransformerConfig`] that is not among `read`."""
+        for field in dataclasses.fields(RTransformerConfig):
+            is_read = field.name in read or field.name in PreTrainedConfig.__dataclass_fields__
+            if not is_read and getattr(self, field.name) != field.default:
+                raise ValueError(
+                    f"`{field.name}` must be left out, since a {self.model_type} does not read it, "
+                    f"got {getattr(self, field.name)!r}"
+                )
 
     def _require(self, holds: bool, name: str, requirement: str) -> None:
         if not holds:

@@ -147,6 +147,8 @@ class RTransformerPreTrainedModel(PreTrainedModel):
 class RTransformerModel(RTransformerPreTrainedModel):
     """The embedded input, the blocks and the final norm, without a head."""
 
+    layer_class = RTransformerBlock
+
     def __init__(self, config: RTransformerConfig):
         super().__init__(config)
         if config.num_input_features is None:
@@ -155,7 +157,7 @@ class RTransformerModel(RTransformerPreTrainedModel):
             self.embed_values = nn.Linear(config.input_size, config.hidden_size)
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.layers = nn.ModuleList(
-            RTransformerBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+            self.layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
         self.norm = make_layer_norm(config) if config.final_norm else nn.Identity()
         self.is_causal = config.is_causal  # Transformers changes the config's for the time of a call
@@ -281,7 +283,7 @@ class RTransformerModel(RTransformerPreTrainedModel):
         them, from which the outputs would be wrong without a sign. No tensor's values are looked at: a static cache,
         which counts its positions in a tensor, is taken as it is.
         """
-        if "hybrid" not in self.config.layer_types:
+        if not any(kind.startswith("hybrid") for kind in self.config.layer_types):
             return
         if not cache.layers or not isinstance(cache.layers[0], LinearAttentionCacheLayerMixin):
             raise ValueError(

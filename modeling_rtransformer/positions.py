@@ -36,8 +36,9 @@ def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int, dtype: to
 
     PE[p, 2 i] = sin(p / 10000^(2 i / D)) and PE[p, 2 i + 1] = cos of the same.
     """
-    exponents = torch.arange(0, hidden_size, 2, device=position_ids.device, dtype=torch.float32) / hidden_size
-    angles = position_ids[..., None].float() * torch.exp(-math.log(10000.0) * exponents)  # (B, L, D / 2)
+    exact = torch.promote_types(dtype, torch.float32)
+    exponents = torch.arange(0, hidden_size, 2, device=position_ids.device, dtype=exact) / hidden_size
+    angles = position_ids[..., None].to(exact) * torch.exp(-math.log(10000.0) * exponents)  # (B, L, D / 2)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(-2).to(dtype)
 
 

@@ -174,6 +174,17 @@ def test_a_forecaster_is_built_as_its_document_says():
     assert names["forecast"].shape == (8, 24, 7)
 
 
+def test_the_two_other_recurrent_transformers_are_built_as_their_document_says():
+    names = {}
+    exec(
+        compile(programs("docs/FEEDBACK_AND_LATENT_BOTTLENECK.md")[0], "FEEDBACK_AND_LATENT_BOTTLENECK.md", "exec"),
+        names,
+    )
+    ids = torch.randint(256, (1, 40))
+    for model in (names["feedback"], names["bottleneck"]):
+        assert model(ids).logits.shape == (1, 40, 256)
+
+
 def test_the_layout_names_every_file_of_the_package():
     table = read("CONTRIBUTING.md").split("| file of `modeling_rtransformer/` |")[1].split("\n\n")[0]
     named = re.findall(r"`(\w+\.py)`", table)

@@ -10,11 +10,17 @@ import torch
 from transformers.dynamic_module_utils import get_imports
 
 from modeling_rtransformer import (
+    FeedbackTransformerConfig,
+    FeedbackTransformerForCausalLM,
+    FeedbackTransformerModel,
     RTransformerForCausalLM,
     RTransformerForecasterModel,
     RTransformerForSequenceClassification,
     RTransformerForTimeSeriesPrediction,
     RTransformerModel,
+    TemporalLatentBottleneckConfig,
+    TemporalLatentBottleneckForSequenceClassification,
+    TemporalLatentBottleneckModel,
 )
 from tests.conftest import tiny_config
 
@@ -35,10 +41,16 @@ print(json.dumps(found))
 """
 HEADS = [RTransformerModel, RTransformerForCausalLM, RTransformerForSequenceClassification]
 FORECASTERS = [RTransformerForecasterModel, RTransformerForTimeSeriesPrediction]
+SMALL = {"vocab_size": 37, "hidden_size": 20, "num_attention_heads": 5, "num_hidden_layers": 2}
+# the model and its config; every Auto class of its map must load it
 CHECKPOINTS = [
-    *[(head, {}) for head in HEADS],
-    *[(head, {"num_input_features": 3}) for head in HEADS],
-    *[(head, {"num_input_features": 3, "prediction_length": 2}) for head in FORECASTERS],
+    *[(head, tiny_config(is_causal=False)) for head in HEADS],
+    *[(head, tiny_config(is_causal=False, num_input_features=3)) for head in HEADS],
+    *[(head, tiny_config(is_causal=False, num_input_features=3, prediction_length=2)) for head in FORECASTERS],
+    (FeedbackTransformerForCausalLM, FeedbackTransformerConfig(**SMALL)),
+    (FeedbackTransformerModel, FeedbackTransformerConfig(**SMALL, num_input_features=3)),
+    (TemporalLatentBottleneckForSequenceClassification, TemporalLatentBottleneckConfig(**SMALL, chunk_length=4)),
+    (TemporalLatentBottleneckModel, TemporalLatentBottleneckConfig(**SMALL, num_input_features=3)),
 ]
 
 
@@ -52,8 +64,7 @@ def elsewhere(tmp_path_factory):
     torch.manual_seed(0)
     RTransformerForCausalLM(tiny_config()).save_pretrained(folder / "causal")
     wanted = {str(folder / "causal"): ["AutoModelForCausalLM", "AutoModel"]}
-    for number, (saved, fields) in enumerate(CHECKPOINTS):
-        config = tiny_config(is_causal=False, **fields)
+    for number, (saved, config) in enumerate(CHECKPOINTS):
         saved(config).save_pretrained(folder / str(number))
         wanted[str(folder / str(number))] = sorted(config.auto_map.keys() - {"AutoConfig"})
     cwd = tmp_path_factory.mktemp("elsewhere")
@@ -78,7 +89,7 @@ def test_it_loads_without_the_package_and_gives_the_same(elsewhere):
 @pytest.mark.parametrize("number", range(len(CHECKPOINTS)), ids=lambda number: CHECKPOINTS[number][0].__name__)
 def test_every_auto_class_of_the_map_loads_from_a_checkpoint_of_any_head(number, elsewhere):
     found = elsewhere[str(number)]
-    assert len(found) == (2 if "prediction_length" in CHECKPOINTS[number][1] else 7)
+    assert len(found) == len(CHECKPOINTS[number][1].code) - 1
     assert all(place["module"].startswith("transformers_modules.") for place in found.values())
 
 

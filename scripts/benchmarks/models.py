@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from modeling_rtransformer import RTransformerConfig, RTransformerForCausalLM
+from modeling_rtransformer import FeedbackTransformerConfig, RTransformerConfig, RTransformerForCausalLM
 from modeling_rtransformer.block import RTransformerLocalRNN
 from modeling_rtransformer.library_versions import CACHE_NAME, named_cache
 from scripts.benchmarks.local_rnn import UnfoldedLocalRNN
@@ -78,9 +78,35 @@ def build_training_step(device, small):
     return tuple(functions)
 
 
+def build_feedback_step(form, batch, length, size, device, small):
+    """Forward and backward of a Feedback Transformer and of a plain Transformer of the same layers."""
+    if small:
+        batch, length, size = 2, 12, 16
+    functions = []
+    for config_class, fields in (
+        (FeedbackTransformerConfig, {"feedback_form": form}),
+        (RTransformerConfig, {"num_local_rnns": 0}),
+    ):
+        torch.manual_seed(0)
+        config = config_class(**sizes(size, 3, 50), use_cache=False, **fields)
+        model = AutoModelForCausalLM.from_config(config).to(device).train()
+        functions.append(partial(loss_gradient, model, torch.randint(50, (batch, length), device=device)))
+    return tuple(functions)
+
+
+def loss_gradient(model, ids):
+    model.zero_grad()
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
 def cases(device_type: str) -> Iterator[Case]:
     on_gpu = device_type == "cuda"
     name, reference = "one decoded token, context 4096, 6 layers of width 512", "a Llama of the same layers and width"
     yield Case(name, reference, build_decoding, "time", 1.5 if on_gpu else 2)
     name = "training step, PTB-character setting (3 layers of width 512, B16 L400)"
     yield Case(name, "the authors' computation", build_training_step, target=3 if on_gpu else 2)
+    for batch, length, size in ((16, 128, 64), (8, 256, 256)):
+        for form in ("steps", "parallel"):
+            name = f"Feedback Transformer ({form}), forward and backward, 3 layers, B{batch} T{length} D{size}"
+            build = partial(build_feedback_step, form, batch, length, size)
+            yield Case(name, "a plain Transformer of the same layers and width", build, "time", 2.5)
