@@ -57,14 +57,14 @@ def restore_callbacks(callbacks: Iterable[TrainerCallback], checkpoint: Path) ->
                 setattr(callback, name, value)
 
 
-def load_model(auto_class, checkpoint: str | Path) -> PreTrainedModel:
+def load_model(auto_class, checkpoint: str | Path, **fields) -> PreTrainedModel:
     """
-    Load a model of the task's kind.
+    Load a model of the task's kind, with other values of config fields that no parameter depends on.
 
     Raises:
         ValueError: the checkpoint lacks weights that this kind of model has, so it is of another kind.
     """
-    model, loading = auto_class.from_pretrained(str(checkpoint), output_loading_info=True)
+    model, loading = auto_class.from_pretrained(str(checkpoint), output_loading_info=True, **fields)
     if loading["missing_keys"]:
         raise ValueError(
             f"{checkpoint} is not a checkpoint for {auto_class.__name__}: it lacks "
