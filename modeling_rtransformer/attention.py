@@ -12,10 +12,12 @@ Transformers" (ICLR 2023), section 3.
 # B batch, T positions of this call, L positions with the past, D hidden size, H heads, d head size
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
@@ -24,8 +26,10 @@ from transformers.utils import TransformersKwargs
 from .configuration_rtransformer import RTransformerConfig
 from .engines import PagedAttentionCache, paged_distances, paged_update
 from .head_shard import HeadShard
+from .memory import keys_at_hand, segment_ids_of_keys
 from .positions import SequenceInfo
 from .recurrence_encoding import RecurrenceEncoding
+from .relative_positions import POSITION_BIASES, by_distance, by_distance_at_the_end
 
 
 def eager_attention_forward(
@@ -47,6 +51,29 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+class Heads(NamedTuple):
+    """
+    What the heads made of T new positions.
+
+    Args:
+        output (`(B, T, H, d)`): of all heads.
+        weights (`(B, H, T, L)`, *optional*): what multiplied the values.
+        keys, values (`(B, H, L, d)`): those at hand, of the past and of the new positions.
+        first_row: the row of the first new position among them.
+    """
+
+    output: torch.Tensor
+    weights: torch.Tensor | None
+    keys: torch.Tensor
+    values: torch.Tensor
+    first_row: int | torch.Tensor
+
+
+def unit_length(vectors: torch.Tensor) -> torch.Tensor:
+    """x / sqrt(sum x^2 + 1e-6) over the last dimension."""
+    return (vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + 1e-6)).to(vectors.dtype)
+
+
 class RTransformerAttention(nn.Module):
     """The attention mixer of a block: multi-head attention whose heads are plain or RSA heads."""
 
@@ -55,14 +82,22 @@ class RTransformerAttention(nn.Module):
         self.config = config
         self.layer_idx = layer_idx
         self.head_dim = config.head_dim
-        self.scaling = config.head_dim**-0.5
+        self.scaling = 1.0 if config.normalize_keys else config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = config.is_causal
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.o_proj = self.make_output(config)
         self.recurrence = self.make_recurrence(config, layer_idx)
+        position_bias = POSITION_BIASES.get(config.position_embedding)
+        self.position_bias = None if position_bias is None else position_bias(config)
+        self.scale = HeadScale(config) if config.normalize_keys else None
+
+    @staticmethod
+    def make_output(config: RTransformerConfig) -> nn.Linear:
+        """The projection of the heads to the hidden size."""
+        return nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
 
     @staticmethod
     def make_recurrence(config: RTransformerConfig, layer_idx: int) -> nn.Module | None:
@@ -70,8 +105,9 @@ class RTransformerAttention(nn.Module):
         rem_heads = config.layer_rem_heads(layer_idx)
         if not rem_heads:
             return None
+        window = config.memory_length if config.memory_mask == "window" else None
         return RecurrenceEncoding(
-            rem_heads, config.num_attention_heads, gate=config.rem_gate, is_causal=config.is_causal
+            rem_heads, config.num_attention_heads, gate=config.rem_gate, is_causal=config.is_causal, window=window
         )
 
     def forward(
@@ -85,47 +121,115 @@ class RTransformerAttention(nn.Module):
         Returns the output `(B, T, D)` and, from an implementation that has them, the weights `(B, H, T, L)` that
         multiply the values: for an RSA head gate, softmax and REM together.
         """
+        heads = self.attend(hidden_states, sequence, cache, **kwargs)
+        return self.o_proj(heads.output.flatten(2)), heads.weights
+
+    def attend(
+        self,
+        hidden_states: torch.Tensor,  # (B, T, D)
+        sequence: SequenceInfo,
+        cache: Cache | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Heads:
+        """The heads before the output projection."""
         input_shape = hidden_states.shape[:-1]
         query, key, value = (
             proj(hidden_states).view(*input_shape, -1, self.head_dim).transpose(1, 2)  # (B, H, T, d)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if self.scale is not None:
+            query, key = self.scale(unit_length(query)), unit_length(key)
         if self.recurrence is not None and sequence.padding_mask is not None:
             value = value * sequence.padding_mask[:, None, :, None].to(value.dtype)
         positions, implementation = None, self.config._attn_implementation
+        first_row = 0
+        keys, values = key, value
         if isinstance(cache, PagedAttentionCache):  # the requests of continuous batching, in one row
             implementation = implementation.removeprefix("paged|")  # that one would want the cache itself in 5.23
-            key, value_states = paged_update(cache, key, value, self.layer_idx, kwargs)
+            keys, values = paged_update(cache, key, value, self.layer_idx, kwargs)
             if self.recurrence is not None:
-                positions = paged_distances(kwargs, sequence.position_ids, value_states.shape[2])
+                positions = paged_distances(kwargs, sequence.position_ids, values.shape[2])
         elif cache is not None:
-            # Read before `update`, which may increase this length in place.
-            past_length = cache.get_seq_length(self.layer_idx)
-            positions = past_length + torch.arange(input_shape[1], device=hidden_states.device)
-            if isinstance(past_length, int) and past_length == 0:
-                positions = None
-            key, value_states = cache.update(key, value, self.layer_idx)
-        else:
-            value_states = value
+            # Read before `update`, which may increase the length in place.
+            length, first_row = keys_at_hand(cache, self.layer_idx, input_shape[1])
+            if not isinstance(first_row, int) or first_row > 0:
+                positions = first_row + torch.arange(input_shape[1], device=hidden_states.device)
+            keys, values = cache.update(key, value, self.layer_idx)
+            if keys.shape[2] > length:  # Transformers 5.17 returns more where tokens may be taken back
+                keys, values = keys[:, :, -length:], values[:, :, -length:]
+        attention_mask = sequence.attention_mask
+        if self.position_bias is not None:
+            query, attention_mask = self._add_distances(query, sequence, first_row, keys.shape[2])
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attention_interface(
             self,
             query,
-            key,
-            value_states,
-            sequence.attention_mask,
+            keys,
+            values,
+            attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             position_ids=sequence.position_ids,
             **kwargs,
         )  # (B, T, H, d), (B, H, T, L) or None
+        if not self.config.see_own_position:
+            output, weights = without_empty_rows(output, weights, sequence.attention_mask)
         if self.recurrence is not None:
             shard = HeadShard.of(self.v_proj.weight, value.shape[1], self.config.num_attention_heads)
+            # without a past the queries are all keys, although a static cache returns room for more
+            rem_values = value if positions is None and weights is None else values
+            ids = segment_ids_of_keys(sequence.segment_ids, first_row, input_shape[1], rem_values.shape[2])
             if weights is not None:  # the definition, from the matrix
-                weights = self.recurrence.mixing_matrix(weights, positions, sequence.segment_ids, shard)
-                output = (weights @ value_states).transpose(1, 2)
-            else:  # without a past the queries are all keys, although a static cache returns room for more
-                values = value if positions is None else value_states
-                output = self.recurrence(output, values, positions, sequence.segment_ids, shard)
-        return self.o_proj(output.reshape(*input_shape, -1)), weights
+                weights = self.recurrence.mixing_matrix(weights, positions, ids, shard)
+                output = (weights @ values).transpose(1, 2)
+            else:
+                output = self.recurrence(output, rem_values, positions, ids, shard)
+        return Heads(output, weights, keys, values, first_row)
+
+    def _add_distances(
+        self, query: torch.Tensor, sequence: SequenceInfo, first_row: int | torch.Tensor, length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The queries that meet the keys, and the mask `(B, H, T, length)` with the scores of the distances in it."""
+        queries = query.shape[2]
+        distances = length
+        if self.config.memory_length is not None and self.config.memory_mask == "window":
+            distances = min(length, self.config.memory_length + 1)
+        query, scores = self.position_bias(query, sequence.relative, distances)
+        if isinstance(first_row, int) and first_row + queries == length:
+            scores = by_distance_at_the_end(scores, length)
+        else:
+            scores = by_distance(scores, first_row + torch.arange(queries, device=query.device), length)
+        if self.config.position_embedding == "relative":
+            scores = scores * self.scaling
+        elif self.scale is not None:
+            scores = self.scale(scores)
+        mask = sequence.attention_mask
+        if mask.dtype == torch.bool:
+            return query, scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        return query, scores + mask
+
+
+class HeadScale(nn.Module):
+    """|s_h|, one learned factor per head, 1 at the start: what the scores of vectors of unit length are times."""
+
+    def __init__(self, config: RTransformerConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.num_attention_heads))
+
+    def init_parameters(self) -> None:
+        """1"""
+        init.ones_(self.weight)
+
+    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
+        """`(B, H, ., .)` times the factor of each head."""
+        return vectors * self.weight.abs()[:, None, None].to(vectors.dtype)
+
+
+def without_empty_rows(
+    output: torch.Tensor, weights: torch.Tensor | None, attention_mask: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Zeros `(B, T, H, d)` for queries that see no key: a softmax over hidden keys alone would see all of them."""
+    seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask > torch.finfo(output.dtype).min / 2
+    sees_any = seen.any(-1, keepdim=True).to(output.dtype)  # (B, 1, T, 1)
+    return output * sees_any.transpose(1, 2), None if weights is None else weights * sees_any

@@ -1,6 +1,6 @@
 # Copyright 2026 The R-Transformer package authors. Licensed under the Apache License, Version 2.0.
 """
-One pre-norm block of R-Transformer, RSA or both, and the table of the mixers that a block is made of:
+One block of R-Transformer, RSA or both, and the table of the mixers that a block is made of:
 
     for each LocalRNN n of the block:   x = x + dropout(LocalRNN_n(norm(x)))
                                         x = x + dropout(Attention(norm(x)))
@@ -22,29 +22,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .attention import RTransformerAttention
+from .block_recurrent import BlockRecurrentAttention
 from .configuration_rtransformer import RTransformerConfig
+from .layer_norms import make_layer_norm
 from .library_versions import accepts_both_cache_names
 from .local_rnn import RTransformerLocalRNN
 from .positions import SequenceInfo
-
-
-class OriginalLayerNorm(nn.LayerNorm):
-    """
-    weight * (x - mean) / (unbiased standard deviation + eps) + bias over the last dimension: the LayerNorm of the
-    published R-Transformer code. Apart from eps it equals `nn.LayerNorm` with the weight times sqrt((D - 1) / D). The
-    eps makes a difference where the standard deviation is small, as at the embeddings.
-    """
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        hidden = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
-        std, mean = torch.std_mean(hidden, dim=-1, keepdim=True)
-        return (self.weight * ((hidden - mean) / (std + self.eps)) + self.bias).to(hidden_states.dtype)
-
-
-def make_layer_norm(config: RTransformerConfig) -> nn.LayerNorm:
-    """The LayerNorm that the config asks for, over the hidden size."""
-    layer_norm = OriginalLayerNorm if config.layer_norm_type == "original" else nn.LayerNorm
-    return layer_norm(config.hidden_size, eps=config.layer_norm_eps)
 
 
 def wait_for_offloaded(cache: Cache | None, layer_idx: int, device: torch.device) -> None:
@@ -64,8 +47,8 @@ class RTransformerMLP(nn.Module):
 
     def __init__(self, config: RTransformerConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout)
 
@@ -93,16 +76,19 @@ class Mixer(NamedTuple):
 MIXERS = {
     "local_rnn": Mixer(RTransformerLocalRNN, "local_rnn", several=True),
     "attention": Mixer(RTransformerAttention, "self_attn"),
+    "block_recurrent": Mixer(BlockRecurrentAttention, "recurrent_attn"),
 }
 
 
 class RTransformerBlock(GradientCheckpointingLayer):
     """
-    The mixers that `config.layer_mixers(layer_idx)` names, in that order, and the feed-forward sublayer, each behind a
+    The mixers that `config.layer_mixers(layer_idx)` names, in that order, and the feed-forward sublayer, each with a
     LayerNorm and beside a residual connection:
 
-        x = x + dropout(mixer(norm(x)))        for each mixer
+        x = x + dropout(mixer(norm(x)))          for each mixer
         x = x + dropout(feed_forward(norm(x)))
+
+    With `norm_position` "post" it is x = norm(x + dropout(sublayer(x))).
     """
 
     def __init__(self, config: RTransformerConfig, layer_idx: int):
@@ -123,6 +109,7 @@ class RTransformerBlock(GradientCheckpointingLayer):
         self.mlp = RTransformerMLP(config)
         self.mlp_norm = make_layer_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.norm_after = config.norm_position == "post"
 
     @accepts_both_cache_names
     def forward(
@@ -134,9 +121,15 @@ class RTransformerBlock(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         wait_for_offloaded(cache, self.layer_idx, hidden_states.device)
         for norm, mixer in self._sublayers():
-            update, _ = mixer(norm(hidden_states), sequence, cache, **kwargs)
-            hidden_states = hidden_states + self.dropout(update)
-        return hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+            update, _ = mixer(hidden_states if self.norm_after else norm(hidden_states), sequence, cache, **kwargs)
+            hidden_states = self._add(hidden_states, update, norm)
+        update = self.mlp(hidden_states if self.norm_after else self.mlp_norm(hidden_states))
+        return self._add(hidden_states, update, self.mlp_norm)
+
+    def _add(self, hidden_states: torch.Tensor, update: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """The residual connection."""
+        hidden_states = hidden_states + self.dropout(update)
+        return norm(hidden_states) if self.norm_after else hidden_states
 
     def _sublayers(self) -> list[tuple[nn.Module, nn.Module]]:
         """Each mixer behind its LayerNorm, in the order in which they run."""

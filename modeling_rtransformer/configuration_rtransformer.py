@@ -14,8 +14,12 @@ LOCAL_RNN_TYPES = ("gru", "lstm", "rnn")
 LOCAL_PADDINGS = ("zeros", "none")
 REM_KINDS = ("none", "regular", "first_cyclical", "second_cyclical")
 REM_GATES = ("layer", "head")
-POSITION_EMBEDDINGS = ("none", "sinusoidal")
-LAYER_NORM_TYPES = ("standard", "original")
+POSITION_EMBEDDINGS = ("none", "sinusoidal", "relative", "t5")
+LAYER_NORM_TYPES = ("standard", "original", "rms")
+NORM_POSITIONS = ("pre", "post")
+MEMORY_MASKS = ("window", "segment")
+STATE_GATES = ("fixed", "lstm")
+STATE_UPDATES = ("skip", "dual", "single")
 
 # The class that each Auto class gives, as `file.class`. The Auto classes read it from the config of a checkpoint where
 # this package is not installed, and the package's `__init__` registers these classes.
@@ -158,13 +162,40 @@ class RTransformerConfig(PreTrainedConfig):
         rem_gate (`str`, defaults to `"layer"`): one gate a `"layer"` (the paper) or one a `"head"`.
         rem_layers (`list[int]`, *optional*): indices of the blocks that have REM heads; None for all.
         position_embedding (`str`, defaults to `"none"`):
-            `"sinusoidal"` adds the sinusoids of Vaswani et al. 2017 (section 3.5) to the scaled embeddings, `"none"`
-            leaves the order to the LocalRNN and the REMs.
+            `"none"` leaves the order to the LocalRNN and the REMs. `"sinusoidal"` adds the sinusoids of Vaswani et al.
+            2017 (section 3.5) to the scaled embeddings. `"relative"` scales the embeddings likewise and adds a learned
+            function of the distance to the attention scores, as Transformer-XL does; `"t5"` adds one number per head
+            and bucket of distances, as T5 does.
+        clamp_length (`int`, *optional*): the largest distance that `"relative"` tells apart; None for no limit.
+        memory_length (`int`, *optional*):
+            M, the past positions that attention sees. The cache then keeps M keys and values per block, however long
+            the text is. None: attention sees the whole past.
+        memory_mask (`str`, defaults to `"window"`):
+            `"window"`: each query sees the M keys before it, so that the outputs do not depend on how a text is cut
+            into calls. `"segment"`: each query sees the M keys before the call and all keys of the call up to its own,
+            which is how Transformer-XL trains.
+        see_own_position (`bool`, defaults to `True`):
+            False: a query sees only keys strictly before its own, as in the published code of the Block-Recurrent
+            Transformer. A query that sees no key gets zeros from the attention.
+        recurrent_layers (`list[int]`, *optional*): indices of the blocks with a block-recurrent mixer.
+        block_length (`int`, *optional*): W, the positions per update of the recurrent states.
+        num_state_vectors (`int`, defaults to 512): S, the recurrent states of a block-recurrent mixer.
+        state_gate (`str`, defaults to `"fixed"`): gate of the recurrent states, `"fixed"` or `"lstm"`.
+        state_update (`str`, defaults to `"skip"`):
+            `"skip"`: one gate, no feed-forward layer; `"dual"`: a gate, then a feed-forward layer with a gate of its
+            own; `"single"`: a feed-forward layer and one gate.
         final_norm (`bool`, defaults to `True`): a LayerNorm after the last block; the original R-Transformer has none.
+        norm_position (`str`, defaults to `"pre"`):
+            `"pre"`: x + sublayer(norm(x)); `"post"`: norm(x + sublayer(x)), with `final_norm` False.
         layer_norm_type (`str`, defaults to `"standard"`):
             `"standard"` is `torch.nn.LayerNorm`; `"original"` divides by the unbiased standard deviation plus
-            `layer_norm_eps`, as the published R-Transformer code does, for checkpoints converted from it.
+            `layer_norm_eps`, as the published R-Transformer code does, for checkpoints converted from it;
+            `"rms"` divides by the root of the mean square and has no bias.
         layer_norm_eps (`float`, defaults to 1e-5): added to the variance, or to the standard deviation, in LayerNorms.
+        attention_bias, mlp_bias (`bool`, default to `True`): biases in the projections of both kinds of sublayers.
+        normalize_keys (`bool`, defaults to `False`):
+            scale queries and keys to unit length, and multiply the scores by one learned factor per head in place of
+            1 / sqrt(d).
         num_input_features (`int`, *optional*):
             If set, the input is `input_values` of shape `(batch, length, num_input_features)`, mapped by a linear
             layer in place of the token embedding; there is then no token embedding to tie.
@@ -172,6 +203,7 @@ class RTransformerConfig(PreTrainedConfig):
         lm_head_bias (`bool`, defaults to `True`): a bias in the language model head, as the original code has.
         embedding_dropout (`float`, defaults to 0.0): dropout of the embedded input.
         hidden_dropout (`float`, defaults to 0.0): dropout of each sublayer's output and inside the feed-forward layer.
+        output_dropout (`float`, defaults to 0.0): dropout of the hidden states after the last block and its norm.
         attention_dropout (`float`, defaults to 0.0):
             dropout of the softmax attention weights (not of the REM). On a CPU any makes training compute and keep the
             weights of all pairs of positions, since PyTorch's fused attention has no dropout there.
@@ -223,14 +255,28 @@ class RTransformerConfig(PreTrainedConfig):
     rem_gate: str = "layer"
     rem_layers: list[int] | None = None
     position_embedding: str = "none"
+    clamp_length: int | None = None
+    memory_length: int | None = None
+    memory_mask: str = "window"
+    see_own_position: bool = True
+    recurrent_layers: list[int] | None = None
+    block_length: int | None = None
+    num_state_vectors: int = 512
+    state_gate: str = "fixed"
+    state_update: str = "skip"
     final_norm: bool = True
+    norm_position: str = "pre"
     layer_norm_type: str = "standard"
     layer_norm_eps: float = 1e-5
+    attention_bias: bool = True
+    mlp_bias: bool = True
+    normalize_keys: bool = False
     num_input_features: int | None = None
     tie_word_embeddings: bool = True
     lm_head_bias: bool = True
     embedding_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
+    output_dropout: float | int = 0.0
     attention_dropout: float | int = 0.0
     initializer_range: float = 0.02
     use_cache: bool = True
@@ -285,15 +331,50 @@ class RTransformerConfig(PreTrainedConfig):
         self._require_name("position_embedding", POSITION_EMBEDDINGS)
         self._require_name("layer_norm_type", LAYER_NORM_TYPES)
         self._require(
-            self.position_embedding == "none" or self.hidden_size % 2 == 0,
+            self.position_embedding not in ("sinusoidal", "relative") or self.hidden_size % 2 == 0,
             "hidden_size",
-            "even with `position_embedding` 'sinusoidal'",
+            f"even with `position_embedding` {self.position_embedding!r}",
         )
-        for name in ("embedding_dropout", "hidden_dropout", "attention_dropout"):
+        for name in ("embedding_dropout", "hidden_dropout", "output_dropout", "attention_dropout"):
             self._require(0 <= getattr(self, name) < 1, name, "in [0, 1)")
         if self.num_input_features is not None:
             self._require(self.num_input_features >= 1, "num_input_features", "at least 1, or None for token ids")
+        self._validate_memory()
         self._validate_rem()
+
+    def _validate_memory(self) -> None:
+        self._require_name("memory_mask", MEMORY_MASKS)
+        self._require_name("norm_position", NORM_POSITIONS)
+        self._require_name("state_gate", STATE_GATES)
+        self._require_name("state_update", STATE_UPDATES)
+        if self.norm_position == "post":
+            self._require(not self.final_norm, "final_norm", "False with `norm_position` 'post'")
+        if self.memory_length is not None:
+            self._require(self.memory_length >= 1, "memory_length", "at least 1, or None for the whole past")
+        if self.clamp_length is not None:
+            self._require(self.clamp_length >= 1, "clamp_length", "at least 1, or None for no limit")
+            is_relative = self.position_embedding == "relative"
+            self._require(is_relative, "clamp_length", "None without `position_embedding` 'relative'")
+        if not self.is_causal:
+            self._require(self.memory_length is None, "memory_length", "None with `is_causal` False")
+            self._require(self.see_own_position, "see_own_position", "True with `is_causal` False")
+            by_distance = self.position_embedding in ("relative", "t5")
+            self._require(not by_distance, "position_embedding", "'none' or 'sinusoidal' with `is_causal` False")
+        if self.normalize_keys:
+            self._require(self.position_embedding != "relative", "normalize_keys", "False with relative positions")
+        if self.recurrent_layers:
+            self._validate_recurrent_layers()
+
+    def _validate_recurrent_layers(self) -> None:
+        last = self.num_hidden_layers - 1
+        for layer in self.recurrent_layers:
+            self._require(0 <= layer <= last, "recurrent_layers", f"indices of the blocks, from 0 to {last}")
+            has_rem = self.rem_kinds is not None and layer in (self.rem_layers or [])
+            self._require(not has_rem, "rem_layers", f"without {layer}, which `recurrent_layers` names")
+        self._require((self.block_length or 0) >= 1, "block_length", "at least 1 with `recurrent_layers`")
+        self._require(self.num_state_vectors >= 1, "num_state_vectors", "at least 1")
+        self._require(self.memory_length is not None, "memory_length", "a number with `recurrent_layers`")
+        self._require(self.memory_mask == "window", "memory_mask", "'window' with `recurrent_layers`")
 
     def _validate_rem(self) -> None:
         heads = self.num_attention_heads
@@ -338,16 +419,22 @@ class RTransformerConfig(PreTrainedConfig):
 
     def layer_rem_heads(self, layer_idx: int) -> list[tuple[int, str, int]]:
         """`(head, kind, dilation)` of each REM head of the block `layer_idx`, in the order of the heads."""
-        if self.rem_kinds is None or (self.rem_layers is not None and layer_idx not in self.rem_layers):
+        if self.rem_kinds is None or self.is_recurrent(layer_idx):
+            return []
+        if self.rem_layers is not None and layer_idx not in self.rem_layers:
             return []
         dilations = self.rem_dilations
         if isinstance(dilations, int):
             dilations = [dilations] * self.num_attention_heads
         return [(h, kind, m) for h, (kind, m) in enumerate(zip(self.rem_kinds, dilations)) if kind != "none"]
 
+    def is_recurrent(self, layer_idx: int) -> bool:
+        """Whether the block `layer_idx` has a block-recurrent mixer in place of its attention."""
+        return layer_idx in (self.recurrent_layers or [])
+
     def layer_mixers(self, layer_idx: int) -> dict[str, int]:
         """The mixers of the block `layer_idx` in the order in which they run: how many of each, by name in `MIXERS`."""
-        return {"local_rnn": self.num_local_rnns, "attention": 1}
+        return {"local_rnn": self.num_local_rnns, "block_recurrent" if self.is_recurrent(layer_idx) else "attention": 1}
 
     @property
     def input_size(self) -> int | None:
@@ -371,13 +458,35 @@ class RTransformerConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """What the cache of Transformers must hold for each block: keys and values, and the LocalRNN windows if any."""
-        return ["hybrid" if self.has_windows else "full_attention"] * self.num_hidden_layers
+        """
+        What the cache of Transformers must hold for each block: keys and values, all or with `memory_length` the last
+        ones, and as a "hybrid" also the LocalRNN windows and the recurrent states if any.
+        """
+        kinds = ("full_attention", "hybrid") if self.memory_length is None else ("sliding_attention", "hybrid_sliding")
+        return [kinds[self.has_windows or self.is_recurrent(layer_idx)] for layer_idx in range(self.num_hidden_layers)]
 
     @property
     def number_of_conv_states(self) -> int:
-        """Windows that the cache of Transformers must hold for each block: one for each LocalRNN."""
-        return self.num_local_rnns
+        """
+        Windows, and recurrent states, that the cache of Transformers has room for in each block: one window for each
+        LocalRNN, and the states of a block-recurrent mixer with their keys and values.
+        """
+        return max(self.num_local_rnns, 3 if self.recurrent_layers else 0)
+
+    @property
+    def sliding_window(self) -> int:
+        """
+        The window of the cache's layers, which keep one key fewer: the M keys before a query and, for a block-recurrent
+        mixer, the keys of the block before while the current block fills up. A config without `memory_length` has no
+        such attribute, by which Transformers tells models with a window; to set it sets `memory_length`.
+        """
+        if self.memory_length is None:
+            raise AttributeError("`sliding_window` needs `memory_length`, which is None")
+        return max(self.memory_length + 1, 2 * self.block_length if self.recurrent_layers else 0)
+
+    @sliding_window.setter
+    def sliding_window(self, window: int) -> None:
+        self.memory_length = window - 1
 
 
 __all__ = ["RTransformerConfig", "rem_heads"]

@@ -33,10 +33,16 @@ HAS_PAGED_UPDATE = "kwargs" in inspect.signature(PagedAttentionCache.update).par
 def what_is_kept_beside_keys(config: PreTrainedConfig) -> list[str]:
     """What a model of this config remembers beyond keys and values, or reads in a way of its own, in words."""
     found = []
-    if any(layer_type != "full_attention" for layer_type in config.layer_types):
+    if config.has_windows:
         found.append(f"the windows of its LocalRNNs (`local_window` is {config.local_window})")
     if config.has_rems:
         found.append("the REMs of its RSA heads (`rem_kinds`)")
+    if config.memory_length is not None or not config.see_own_position:
+        found.append("a mask of its own (`memory_length` or `see_own_position`)")
+    if config.position_embedding in ("relative", "t5"):
+        found.append(f"scores by distance (`position_embedding` is {config.position_embedding!r})")
+    if config.recurrent_layers:
+        found.append("recurrent states (`recurrent_layers`)")
     return found
 
 

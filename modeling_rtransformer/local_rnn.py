@@ -187,6 +187,8 @@ class RTransformerLocalRNN(nn.Module):
         cache: Cache | None = None,
     ) -> torch.Tensor:
         """`(B, T, D)`: the LocalRNN from left to right, after what the cache has of the inputs before."""
+        if segment_ids is not None and segment_ids.shape[1] > hidden_states.shape[1]:
+            return self._run_across_calls(rnn, hidden_states, padding_mask, segment_ids, cache)
         if self.padded_with_zeros or self.window == 1:
             return rnn(self._with_window_before(hidden_states, cache), segment_ids)
         is_first = cache is None or not cache.has_previous_state(self.layer_idx, self.index)
@@ -200,6 +202,32 @@ class RTransformerLocalRNN(nn.Module):
         if runs_over:
             return rnn.over_sequence(hidden_states, padding_mask)
         return rnn(windows[..., :-1], segment_ids, in_sequence=(windows[..., -1] != 0).cumsum(1) > 0)
+
+    def _run_across_calls(
+        self,
+        rnn: LocalRNN,
+        hidden_states: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+        segment_ids: torch.Tensor,  # (B, n), n > T
+        cache: Cache,
+    ) -> torch.Tensor:
+        """
+        `_run` where positions before this call have segment ids too: over the K - 1 inputs before as over the new ones,
+        so that windows end at their segment's beginning. The outputs of the former are not used.
+        """
+        before = self.window - 1
+        if before == 0:
+            return rnn(hidden_states, segment_ids[:, -hidden_states.shape[1] :])
+        present = torch.ones_like(hidden_states[..., :1])
+        if padding_mask is not None:
+            present = present * padding_mask[..., None].to(present.dtype)
+        channels = hidden_states if self.padded_with_zeros else torch.cat([hidden_states, present], dim=-1)
+        windows = F.pad(self._with_window_before(channels, cache), (0, 0, before, 0))
+        length = before + hidden_states.shape[1]
+        ids = F.pad(segment_ids, (max(0, length - segment_ids.shape[1]), 0), value=-1)[:, -length:]
+        if self.padded_with_zeros:
+            return rnn(windows, ids)[:, before:]
+        return rnn(windows[..., :-1], ids, in_sequence=(windows[..., -1] != 0).cumsum(1) > 0)[:, before:]
 
     def _with_window_before(self, hidden_states: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """`(B, K - 1 + T, D)`: the K - 1 inputs before, which are zeros at the beginning, then the T inputs."""

@@ -16,11 +16,6 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, LinearAttentionCacheLayerMixin
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import (
-    create_causal_mask,
-    create_recurrent_attention_mask,
-    packed_sequence_mask_function,
-)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -29,7 +24,8 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import RTransformerAttention
-from .block import RTransformerBlock, make_layer_norm
+from .block import RTransformerBlock
+from .block_recurrent import check_documents, check_padding
 from .classification import (
     FrameClassificationHead,
     QuestionAnsweringHead,
@@ -40,6 +36,7 @@ from .configuration_rtransformer import RTransformerConfig
 from .engines import PAGED_ARGUMENTS, BackendCompatibility, PagedAttentionCache, refuse_foreign_attention
 from .inputs import embed_inputs
 from .language_modeling import CausalLMHead, MaskedLMHead
+from .layer_norms import make_layer_norm
 from .library_versions import (
     CACHE_NAMES,
     BaseModelOutputWithPast,
@@ -47,13 +44,22 @@ from .library_versions import (
     named_cache,
     refuse_unknown_arguments,
 )
+from .memory import (
+    check_attention_implementation,
+    check_memory,
+    check_segment_ids,
+    keys_at_hand,
+    make_attention_mask,
+)
 from .positions import (
     SequenceInfo,
     packed_segment_ids,
+    padding_of_call,
     positions_in_sequence,
     sequences_of_mask,
     sinusoidal_positions,
 )
+from .relative_positions import RelativeEmbedding
 
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", *CACHE_NAMES, "inputs_embeds", "input_values", "labels")
@@ -86,6 +92,14 @@ class RTransformerPreTrainedModel(PreTrainedModel):
                 f"`num_attention_heads` must be divisible by `tp_size` ({tp_size}), since a process has whole heads, "
                 f"got {config.num_attention_heads}"
             )
+        unsplit = config.position_embedding in ("relative", "t5") or config.recurrent_layers or config.normalize_keys
+        if tp_size > 1 and unsplit:
+            raise ValueError(
+                "`tp_size` must be 1 with `position_embedding` 'relative' or 't5', `recurrent_layers` or "
+                f"`normalize_keys`, whose parameters are not split by heads, got {tp_size}"
+            )
+        if config.recurrent_layers:
+            self._can_compile_fullgraph = False  # which states are updated depends on the values of masks
         if config.num_input_features is not None:
             self.main_input_name = "input_values"
             self._input_embed_layer = "embed_values"  # for get_input_embeddings, which FSDP2 and PEFT ask
@@ -101,6 +115,10 @@ class RTransformerPreTrainedModel(PreTrainedModel):
         | embeddings, projections, heads: weight | normal(0, `initializer_range`); the padding embedding zero |
         | projections, heads: bias | 0 |
         | LayerNorm weight, bias | 1, 0 |
+        | relative positions: u, v, W_r; the table of T5 | normal(0, `initializer_range`) |
+        | factor of the scores with `normalize_keys` | 1 |
+        | recurrent states: S_0, ids; gate of `state_gate` "fixed" | normal(0, .1), normal(0, 1); normal(0, .1) |
+        | gates of `state_gate` "lstm": weight, bias | normal(0, sqrt(.1 / inputs)), 0 |
         | LocalRNN weights and biases | uniform(-1 / sqrt(D), 1 / sqrt(D)), as in torch.nn |
         | REM eta (regular) | uniform on [-2, -1] u [1, 2] |
         | REM nu (cyclical) | uniform on [1, 2] |
@@ -125,23 +143,21 @@ class RTransformerPreTrainedModel(PreTrainedModel):
         mask is taken as it is, and a ValueError if windows or REMs cannot follow it.
         """
         padding_mask = None
-        if attention_mask is not None and attention_mask.dim() == 4 and (config.has_windows or config.has_rems):
+        reads_order = config.has_windows or config.has_rems or config.recurrent_layers
+        if attention_mask is not None and attention_mask.dim() == 4 and reads_order:
+            if config.memory_length is not None:
+                raise ValueError("`attention_mask` must have two dimensions for `generate` with `memory_length`")
             past_length = 0 if cache is None else int(cache.get_seq_length())
             padding_mask, segment_ids = sequences_of_mask(attention_mask, past_length, config.is_causal)
             if segment_ids is not None:
                 raise ValueError("`attention_mask` must describe one sequence a row for `generate`, got packed ones")
-        arguments = {
-            "config": config,
-            "inputs_embeds": inputs_embeds,
-            "attention_mask": attention_mask,
-            **named_cache(cache),
+        if padding_mask is None:
+            padding_mask = padding_of_call(attention_mask, inputs_embeds.shape[1])
+        masks = {
+            "full_attention": make_attention_mask(config, inputs_embeds, attention_mask, cache),
+            "linear_attention": padding_mask,
         }
-        return {
-            "full_attention": create_causal_mask(**arguments),
-            "linear_attention": padding_mask
-            if padding_mask is not None
-            else create_recurrent_attention_mask(**arguments),
-        }
+        return {**masks, "keys": attention_mask} if config.recurrent_layers else masks
 
 
 class RTransformerModel(RTransformerPreTrainedModel):
@@ -159,7 +175,9 @@ class RTransformerModel(RTransformerPreTrainedModel):
         self.layers = nn.ModuleList(
             self.layer_class(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
+        self.relative_positions = RelativeEmbedding(config) if config.position_embedding == "relative" else None
         self.norm = make_layer_norm(config) if config.final_norm else nn.Identity()
+        self.output_dropout = nn.Dropout(config.output_dropout)
         self.is_causal = config.is_causal  # Transformers changes the config's for the time of a call
         self.gradient_checkpointing = False
         self.post_init()
@@ -188,8 +206,9 @@ class RTransformerModel(RTransformerPreTrainedModel):
                 `full_attention` and `linear_attention` (the padding of the T positions, 2D).
             position_ids (`(B, T)`, *optional*):
                 Used by sinusoidal embeddings; positions that start over mark packed sequences, as do the arguments
-                `seq_idx` `(B, T)` and `cu_seq_lens_q` of the padding-free collators.
-            cache (`Cache`, *optional*): keys, values and LocalRNN windows of the past.
+                `seq_idx` `(B, T)` and `cu_seq_lens_q` of the padding-free collators. Beside a cache `seq_idx` is
+                `(B, n)`, the numbers of the last n positions, which cover what the new ones may look at.
+            cache (`Cache`, *optional*): keys, values, LocalRNN windows and recurrent states of the past.
 
         Raises:
             ValueError: none or several of the inputs, input of the wrong width, ids outside the vocabulary, a cache
@@ -200,11 +219,14 @@ class RTransformerModel(RTransformerPreTrainedModel):
         refuse_unknown_arguments(kwargs, INPUTS, PAGED_ARGUMENTS if is_paged else ())
         refuse_foreign_attention(self.config)
         embedded = embed_inputs(self, input_ids, inputs_embeds, input_values)
+        check_attention_implementation(self.config)
+        queries = embedded.shape[1]
         if not is_paged:
-            use_cache = self._check_direction_and_cache(cache, use_cache, kwargs)
+            use_cache = self._check_direction_and_cache(cache, queries, use_cache, kwargs)
         attention_mask, segment_ids = self._read_prepared_mask(attention_mask, cache)
         if cache is not None and not is_paged:
             self._refuse_packed_rows(attention_mask, position_ids, segment_ids, kwargs)
+            segment_ids = self._segment_ids_beside(cache, queries, position_ids, kwargs.get("seq_idx"))
         elif cache is None and segment_ids is None:
             segment_ids = packed_segment_ids(
                 *embedded.shape[:2],
@@ -214,12 +236,18 @@ class RTransformerModel(RTransformerPreTrainedModel):
             )
             if use_cache and segment_ids is None:
                 cache = DynamicCache(config=self.config)
+        if segment_ids is not None:
+            segment_ids = segment_ids.expand(len(embedded), -1)
+            if self.config.recurrent_layers:
+                positions = queries if cache is None else cache.get_seq_length() + queries
+                check_documents(segment_ids, queries, positions, self.config.block_length)
         sequence = self._describe(embedded, attention_mask, position_ids, segment_ids, cache)
         hidden_states = self._run_blocks(self._add_positions(embedded, sequence), sequence, cache, **kwargs)
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named_cache(cache))
+        hidden_states = self.output_dropout(self.norm(hidden_states))
+        return BaseModelOutputWithPast(last_hidden_state=hidden_states, **named_cache(cache))
 
     def _check_direction_and_cache(
-        self, cache: Cache | None, use_cache: bool | None, kwargs: dict[str, Any]
+        self, cache: Cache | None, queries: int, use_cache: bool | None, kwargs: dict[str, Any]
     ) -> bool | None:
         """`use_cache`, or False for a bidirectional model; an error where the arguments contradict the model."""
         if kwargs.get("is_causal", self.config.is_causal) != self.is_causal:
@@ -229,7 +257,10 @@ class RTransformerModel(RTransformerPreTrainedModel):
             )
         if cache is not None and not self.is_causal:
             raise ValueError("`cache` needs a causal model, but `config.is_causal` is False")
+        if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            raise ValueError("`cache` cannot be given with gradient checkpointing, which would drop it; disable one")
         if cache is not None:
+            check_memory(self.config, cache, queries)
             self._check_windows(cache)
         return use_cache if self.is_causal else False
 
@@ -242,11 +273,18 @@ class RTransformerModel(RTransformerPreTrainedModel):
         """
         is_dict = isinstance(attention_mask, dict)
         prepared = attention_mask["full_attention"] if is_dict else attention_mask
-        reads_order = self.config.has_windows or self.config.has_rems
+        reads_order = self.config.has_windows or self.config.has_rems or self.config.recurrent_layers
         if not reads_order or prepared is None or len(prepared.shape) != 4 or isinstance(cache, PagedAttentionCache):
             return attention_mask, None
         if is_dict and (is_tracing(prepared) or not isinstance(prepared, torch.Tensor)):
             return attention_mask, None  # made by `create_masks_for_generate`, which has looked at it
+        if self.config.memory_length is not None or not self.config.see_own_position:
+            if is_dict:
+                return attention_mask, None
+            raise ValueError(
+                "`attention_mask` of four dimensions cannot be read in a model with `memory_length` and LocalRNN "
+                "windows, REMs or recurrent layers; pass the padding (2D), and documents by `seq_idx`"
+            )
         if is_tracing(prepared) or not isinstance(prepared, torch.Tensor):
             raise ValueError(
                 "`attention_mask` of four dimensions cannot be read while a compiler traces the model, nor as a "
@@ -264,17 +302,21 @@ class RTransformerModel(RTransformerPreTrainedModel):
         segment_ids: torch.Tensor | None,
         kwargs: dict[str, Any],
     ) -> None:
-        """A ValueError where packed sequences come with a cache, which holds one sequence a row."""
-        found = [name for name in ("seq_idx", "cu_seq_lens_q") if kwargs.get(name) is not None]
+        """
+        A ValueError where packed sequences come with a cache, which holds one sequence a row unless `seq_idx` has the
+        numbers of the past too.
+        """
+        found = [name for name in ("cu_seq_lens_q",) if kwargs.get(name) is not None]
         if segment_ids is not None:
             found.append("attention_mask")
-        if attention_mask is None and position_ids is not None and not is_tracing(position_ids):
+        is_described = kwargs.get("seq_idx") is not None
+        if attention_mask is None and position_ids is not None and not is_described and not is_tracing(position_ids):
             if position_ids.shape[-1] > 1 and (position_ids.diff(dim=-1) != 1).any():
                 found.append("position_ids")
         if found:
             raise ValueError(
                 f"`{found[0]}` describes packed sequences, and a `cache` holds one sequence a row; leave the cache out "
-                "(`use_cache=False`) or give each sequence a row of its own"
+                "(`use_cache=False`), give each sequence a row of its own, or number all positions by `seq_idx`"
             )
 
     def _check_windows(self, cache: Cache) -> None:
@@ -283,7 +325,7 @@ class RTransformerModel(RTransformerPreTrainedModel):
         them, from which the outputs would be wrong without a sign. No tensor's values are looked at: a static cache,
         which counts its positions in a tensor, is taken as it is.
         """
-        if not any(kind.startswith("hybrid") for kind in self.config.layer_types):
+        if not self.config.has_windows:
             return
         if not cache.layers or not isinstance(cache.layers[0], LinearAttentionCacheLayerMixin):
             raise ValueError(
@@ -296,12 +338,23 @@ class RTransformerModel(RTransformerPreTrainedModel):
                 "`cache_implementation` 'offloaded', or 'static' without offloading"
             )
         past_length = cache.get_seq_length(0)
-        if isinstance(past_length, int) and past_length > 0 and not cache.has_previous_state(0):
+        has_windows = all(cache.has_previous_state(0, index) for index in range(self.config.num_local_rnns))
+        if isinstance(past_length, int) and past_length > 0 and not has_windows:
             raise ValueError(
                 f"`cache` must hold the LocalRNNs' windows with the keys and values of its {past_length} "
                 "positions, got none, as in a cache made again from the (key, value) pairs of another; pass that other "
                 "cache itself"
             )
+
+    def _segment_ids_beside(
+        self, cache: Cache, queries: int, position_ids: torch.LongTensor | None, segment_ids: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The numbers of the documents `(B, n)` that the last positions belong to, beside a cache; None without."""
+        if segment_ids is not None:
+            check_segment_ids(segment_ids, cache, queries, self.config.local_window if self.config.has_windows else 1)
+            if self.config.position_embedding == "sinusoidal" and position_ids is None:
+                raise ValueError("`position_ids` must be given with `seq_idx` beside a cache and sinusoidal positions")
+        return segment_ids
 
     def _describe(
         self,
@@ -317,29 +370,31 @@ class RTransformerModel(RTransformerPreTrainedModel):
             position_ids = positions_in_sequence(
                 embedded.shape[1],
                 attention_mask=attention_mask if is_padding else None,
-                segment_ids=segment_ids,
+                segment_ids=None if segment_ids is None else segment_ids[:, -embedded.shape[1] :],
                 past_length=0 if cache is None else cache.get_seq_length(),
                 device=embedded.device,
             )
         if isinstance(attention_mask, dict):
-            padding_mask, attention_mask = attention_mask.get("linear_attention"), attention_mask["full_attention"]
+            padding_mask, key_mask = attention_mask.get("linear_attention"), attention_mask.get("keys")
+            attention_mask = attention_mask["full_attention"]
         else:
-            padding_mask = create_recurrent_attention_mask(self.config, embedded, attention_mask)
-            attention_mask = create_causal_mask(  # bidirectional where `config.is_causal` is False
-                config=self.config,
-                inputs_embeds=embedded,
-                attention_mask=attention_mask,
-                **named_cache(cache),
-                and_mask_function=None if segment_ids is None else packed_sequence_mask_function(segment_ids),
-            )
-        return SequenceInfo(attention_mask, padding_mask, segment_ids, position_ids)
+            padding_mask = padding_of_call(attention_mask, embedded.shape[1])
+            key_mask = attention_mask if self.config.recurrent_layers else None
+            attention_mask = make_attention_mask(self.config, embedded, attention_mask, cache, segment_ids)
+        if key_mask is not None:
+            check_padding(key_mask, self.config.block_length)
+        relative = None
+        if self.relative_positions is not None:
+            length, _ = keys_at_hand(cache, 0, embedded.shape[1])
+            relative = self.relative_positions(length)
+        return SequenceInfo(attention_mask, padding_mask, segment_ids, position_ids, relative, key_mask)
 
     def _add_positions(self, embedded: torch.Tensor, sequence: SequenceInfo) -> torch.Tensor:
         """The input of the first block: with the position embedding that the config asks for, after dropout."""
+        if self.config.position_embedding in ("sinusoidal", "relative"):
+            embedded = embedded * math.sqrt(self.config.hidden_size)
         if self.config.position_embedding == "sinusoidal":
-            embedded = embedded * math.sqrt(self.config.hidden_size) + sinusoidal_positions(
-                sequence.position_ids, self.config.hidden_size, embedded.dtype
-            )
+            embedded = embedded + sinusoidal_positions(sequence.position_ids, self.config.hidden_size, embedded.dtype)
         return self.dropout(embedded)
 
     def _run_blocks(

@@ -11,6 +11,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 from transformers.masking_utils import find_packed_sequence_indices
+from transformers.utils.import_utils import is_tracing
+
+from .relative_positions import RelativePositions
 
 
 class SequenceInfo(NamedTuple):
@@ -20,14 +23,20 @@ class SequenceInfo(NamedTuple):
     Args:
         attention_mask: as the attention implementation takes it: `(B, 1, T, L)`, a `BlockMask`, or None for no mask.
         padding_mask (`(B, T)`): 0 where padded; None where nothing is.
-        segment_ids (`(B, T)`): equal ids mark the positions of one packed sequence; None where rows are not packed.
+        segment_ids (`(B, n)`):
+            equal ids mark the positions of one packed sequence. They are those of the last n positions, the T new ones
+            last; n is T without a cache. None where rows are not packed.
         position_ids (`(B or 1, T)`): the place of each position in its sequence.
+        relative: what the layers share of relative positions; None where there are none.
+        key_mask (`(B, past + T)`): as `padding_mask`, of all positions; only for block-recurrent mixers.
     """
 
     attention_mask: torch.Tensor | None = None
     padding_mask: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
+    relative: RelativePositions | None = None
+    key_mask: torch.Tensor | None = None
 
 
 def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -120,6 +129,24 @@ def sequences_of_mask(
         )
     padding_mask = None if real.all() else real
     return padding_mask, segment_ids if is_packed else None
+
+
+def same_segment(segment_ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """Which keys are of a query's segment: `(B, 1, T, L)`, from ids `(B, L)` and the queries' rows, all L if None."""
+    of_queries = segment_ids if positions is None else segment_ids[:, positions]
+    return of_queries[:, None, :, None] == segment_ids[:, None, None, :]
+
+
+def padding_of_call(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """
+    The last `length` columns of a 2D attention mask, those of a call: `(B, T)`; None if nothing is padded, or for
+    another kind of mask. Transformers' `create_recurrent_attention_mask` takes a single position for a real one, which
+    it is not where a padded prompt is given in pieces.
+    """
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    mask = attention_mask[:, -length:]
+    return mask.contiguous() if is_tracing(mask) or not bool((mask != 0).all()) else None
 
 
 def positions_in_sequence(

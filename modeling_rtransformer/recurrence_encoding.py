@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .head_shard import HeadShard
+from .positions import same_segment
 
 
 class RemHeads(NamedTuple):
@@ -64,17 +65,23 @@ class HeadSelection(NamedTuple):
     index: torch.Tensor  # (R',) the same, in the order of the groups
 
 
-def rem_matrix(heads: RemHeads, positions: torch.Tensor, length: int, dilation: int, is_causal: bool) -> torch.Tensor:
+def rem_matrix(
+    heads: RemHeads, positions: torch.Tensor, length: int, dilation: int, is_causal: bool, window: int | None = None
+) -> torch.Tensor:
     """
     P itself, the definition. `positions` `(T,)` are the queries' rows, the keys stand at 0 to `length` - 1:
-    `(R, T, length)`. Or `positions` `(T, length)` are the distances i - j themselves, with 0 for what is not read.
+    `(R, T, length)`. Or `positions` `(T, length)` are the distances i - j themselves, with 0 for what is not read. P is
+    zero where a key is more than `window` before the query.
     """
     distance = positions
     if positions.dim() == 1:
         distance = positions[:, None] - torch.arange(length, device=positions.device)  # (T, L)
     if not is_causal:
         distance = distance.abs()
-    steps = torch.where(distance % dilation == 0, distance // dilation, 0)
+    seen = distance % dilation == 0
+    if window is not None:
+        seen = seen & (distance <= window)
+    steps = torch.where(seen, distance // dilation, 0)
     return heads.entries(steps)
 
 
@@ -84,14 +91,18 @@ def rem_rows(
     positions: torch.Tensor,
     dilation: int,
     gates: torch.Tensor | None = None,
+    segment_ids: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
     """
     The rows `positions` of the causal P, as in [`rem_matrix`], times values `(B, R, L, d)`: `(B, R, T, d)`. For
-    decoding.
+    decoding. Nothing crosses from one id of `segment_ids` `(B, L)` to another.
     """
-    matrix = rem_matrix(heads, positions, values.shape[2], dilation, is_causal=True)
+    matrix = rem_matrix(heads, positions, values.shape[2], dilation, is_causal=True, window=window)
     if gates is not None:
         matrix = matrix * gates[:, None, None]
+    if segment_ids is not None:
+        matrix = matrix * same_segment(segment_ids, positions)
     return matrix.to(values.dtype) @ values
 
 
@@ -211,6 +222,32 @@ def _scan_packed(tables: ChunkTables, values: torch.Tensor, segment_ids: torch.T
     return product.permute(1, 3, 4, 2, 0, 5)
 
 
+def rem_scan_window(
+    heads: RemHeads,
+    values: torch.Tensor,
+    dilation: int,
+    window: int,
+    segment_ids: torch.Tensor | None = None,
+    gates: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """
+    [`rem_scan`] of a P that is zero where a key is more than `window` before the query, from two scans. With the
+    eigenvalue z, N = window div m, and Z the scan without a limit: sum over n = 1 .. N of z^n v[t - n m] =
+    Z[t] - z^N Z[t - N m]. A head takes the real or the imaginary part of it; the product with z^N needs both.
+    """
+    steps = window // dilation
+    part = rem_scan(heads, values, dilation, segment_ids, gates)
+    if (kept := values.shape[2] - steps * dilation) <= 0:
+        return part
+    other = rem_scan(heads._replace(is_sine=~heads.is_sine), values, dilation, segment_ids, gates)
+    real, imaginary = heads.powers(torch.tensor([[steps]], device=values.device))  # (R, 1, 1)
+    imaginary = torch.where(heads.is_sine[:, None, None], imaginary, -imaginary).to(values.dtype)
+    dropped = real.to(values.dtype) * part[:, :, :kept] + imaginary * other[:, :, :kept]
+    if segment_ids is not None:
+        dropped = dropped * (segment_ids[:, None, -kept:, None] == segment_ids[:, None, :kept, None])
+    return part - F.pad(dropped, (0, 0, steps * dilation, 0))
+
+
 class RecurrenceEncoding(nn.Module):
     """
     The REMs of one attention layer and their gate.
@@ -225,14 +262,23 @@ class RecurrenceEncoding(nn.Module):
         num_attention_heads: H, the plain heads included.
         gate: `"layer"` or `"head"`.
         is_causal: the masked form P, or else P + P'.
+        window: how far back a row of P reaches; None for no limit.
     """
 
-    def __init__(self, rem_heads: list[tuple[int, str, int]], num_attention_heads: int, gate: str, is_causal: bool):
+    def __init__(
+        self,
+        rem_heads: list[tuple[int, str, int]],
+        num_attention_heads: int,
+        gate: str,
+        is_causal: bool,
+        window: int | None = None,
+    ):
         super().__init__()
         # Heads of one dilation are computed together: ordered by dilation they are slices.
         rem_heads = sorted(rem_heads, key=lambda head: head[2])
         self.num_attention_heads = num_attention_heads
         self.is_causal = is_causal
+        self.window = window
         self.head_indices = [head for head, _, _ in rem_heads]
         self.kinds = [kind for _, kind, _ in rem_heads]
         self.dilations = [dilation for _, _, dilation in rem_heads]
@@ -332,14 +378,15 @@ class RecurrenceEncoding(nn.Module):
 
         Args:
             positions (`(T,)` or `(T, length)`): the queries' rows or the distances, as in [`rem_matrix`].
-            segment_ids (`(B, L)`, *optional*): packed sequences, with as many queries as keys.
+            segment_ids (`(B, length)`, *optional*): packed sequences; nothing crosses from one id to another.
 
         Returns:
             `(1, H, T, length)`, or `(B, H, T, length)` with `segment_ids`.
         """
         heads, selected = self.heads(learned), self.selection(shard)
+        form = self.is_causal, self.window
         groups = [
-            rem_matrix(RemHeads(*(field[group] for field in heads)), positions, length, dilation, self.is_causal)
+            rem_matrix(RemHeads(*(field[group] for field in heads)), positions, length, dilation, *form)
             for dilation, group in selected.groups
         ]
         matrix = heads.decay.new_zeros(len(selected.heads), positions.shape[0], length)
@@ -347,7 +394,7 @@ class RecurrenceEncoding(nn.Module):
             matrix = matrix.index_copy(0, selected.index, torch.cat(groups))
         matrix = matrix[None]
         if segment_ids is not None:
-            matrix = matrix * (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+            matrix = matrix * same_segment(segment_ids, positions)
         return matrix
 
     def product(
@@ -374,6 +421,7 @@ class RecurrenceEncoding(nn.Module):
         heads, selected = self.heads(learned), self.selection(shard)
         values = values.index_select(1, selected.index) if selected.run is None else values[:, selected.run]
         products, done = [], 0
+        few, limits = chunk_length(values.shape[2]), (segment_ids, self.window)
         for dilation, group in selected.groups:
             group_heads = RemHeads(*(field[group] for field in heads))
             group_gates = None if gates is None else gates[group]
@@ -381,18 +429,16 @@ class RecurrenceEncoding(nn.Module):
             done += group.stop - group.start
             if positions is None:
                 products.append(self._whole(group_heads, group_values, dilation, segment_ids, group_gates))
-            elif (
-                torch.compiler.is_exporting()
-                or positions.dim() == 2
-                or positions.shape[0] <= chunk_length(values.shape[2])
-            ):
-                products.append(rem_rows(group_heads, group_values, positions, dilation, group_gates))
+            elif torch.compiler.is_exporting() or positions.dim() == 2 or positions.shape[0] <= few:
+                products.append(rem_rows(group_heads, group_values, positions, dilation, group_gates, *limits))
             else:  # as many products as a scan has, which keeps no T x L matrix
-                product = rem_scan(group_heads, group_values, dilation, gates=group_gates)
+                product = self._whole(group_heads, group_values, dilation, segment_ids, group_gates)
                 products.append(product.index_select(2, positions))
         return torch.cat(products, dim=1) if len(products) > 1 else products[0]
 
     def _whole(self, heads, values, dilation, segment_ids, gates):
+        if self.window is not None:  # only a causal model has one
+            return rem_scan_window(heads, values, dilation, self.window, segment_ids, gates)
         product = rem_scan(heads, values, dilation, segment_ids, gates)
         if self.is_causal:
             return product

@@ -5,6 +5,8 @@ loads.
     python -m scripts.convert original-checkpoint model.pt converted/ --num-attention-heads 8 --local-window 7
     python -m scripts.convert rnn rnn.safetensors converted/ --nonlinearity none
     python -m scripts.convert rnn rnn.safetensors converted/ --inputs inputs.safetensors
+    python -m scripts.convert transformer-xl model.pt converted/ --set memory_length=512 --set norm_position=post
+    python -m scripts.convert block-recurrent model.safetensors converted/ --set block_length=64 --set memory_length=64
 
 Each sub-command has its own --help. The last line of stdout is one JSON object with the result.
 """
@@ -13,10 +15,15 @@ import argparse
 import json
 from pathlib import Path
 
-from scripts.conversion import original_checkpoint, rnn_to_rsa
+from scripts.conversion import block_recurrent, original_checkpoint, rnn_to_rsa, transformer_xl
 
 
-COMMANDS = {"original-checkpoint": original_checkpoint, "rnn": rnn_to_rsa}
+COMMANDS = {
+    "original-checkpoint": original_checkpoint,
+    "rnn": rnn_to_rsa,
+    "transformer-xl": transformer_xl,
+    "block-recurrent": block_recurrent,
+}
 
 
 def main(arguments: list[str] | None = None) -> dict:
@@ -29,7 +36,7 @@ def main(arguments: list[str] | None = None) -> dict:
         command.add_argument("checkpoint", type=Path, help="its state dict, .safetensors or .pt")
         command.add_argument("output_dir", type=Path, help="folder for the model, new or empty")
         parsers[name] = command
-    original, rnn = parsers.values()
+    original, rnn, *remembering = parsers.values()
     original.add_argument("--task", choices=original_checkpoint.TASKS, help="inferred, except for piano rolls")
     original.add_argument("--num-attention-heads", type=int, required=True, help="heads (`h` in the original)")
     original.add_argument("--local-window", type=int, required=True, help="window (`ksize` in the original)")
@@ -37,6 +44,9 @@ def main(arguments: list[str] | None = None) -> dict:
     rnn.add_argument("--inputs", type=Path, help="safetensors file with `inputs`, to fit a tanh RNN's linear part on")
     rnn.add_argument("--perturbation", type=float, default=0.0, help="relative noise on the matrix; approximate")
     rnn.add_argument("--largest", type=float, help="scale larger eigenvalues down to this size; approximate")
+    for command in remembering:
+        field = {"metavar": "FIELD=VALUE", "dest": "fields", "help": "a field of RTransformerConfig; may be repeated"}
+        command.add_argument("--set", action="append", default=[], **field)
     options = vars(parser.parse_args(arguments))
     name, folder = options.pop("command"), options.pop("output_dir")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -31,6 +31,7 @@ from pathlib import Path
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainingArguments, set_seed
 
 from scripts.data.streaming import StreamedWindows, StreamError, StreamState
+from scripts.data.streams import Streams
 from scripts.push_to_hub import push
 from scripts.results.plots import curve, plot_confusion, plot_curve
 from scripts.results.provenance import provenance
@@ -38,6 +39,7 @@ from scripts.sharing.upload import PushError
 from scripts.tasks.prepared import Prepared
 from scripts.training.averaging import average_callbacks
 from scripts.training.budget import CLOCKS, SCORING_ENDS, EpochDrops, TimeBudget
+from scripts.training.carried_memory import SaveMemory
 from scripts.training.checkpoints import MarkComplete, newest_complete, replace_folder, restore_callbacks
 from scripts.training.interruptions import InterruptionCallback, NotFinite, explain_full_disk, require_writable
 from scripts.training.launch import (
@@ -139,6 +141,8 @@ def prepare(options: argparse.Namespace) -> Run:
         restore_callbacks(callbacks, checkpoint)
     trainer = make_trainer(model, args, prepared, callbacks=callbacks)
     attach(trainer)
+    if isinstance(prepared.datasets["train"], Streams):
+        trainer.add_callback(SaveMemory(trainer.memories[True], checkpoint))
     for callback in (*averages, MarkComplete()):  # each comes after all that it has to come after
         trainer.add_callback(callback)
     return Run(recipe, output_dir, checkpoint, prepared, make, trainer, budget, interruption)

@@ -37,6 +37,59 @@ VARIANTS = {
     "original-norm": {"layer_norm_type": "original", "final_norm": False, "initializer_range": 0.2},
 }
 
+# The same for models that remember: they are causal, and see the last `memory_length` positions.
+MEMORY_VARIANTS = {
+    "xl": {
+        "num_local_rnns": 0,
+        "position_embedding": "relative",
+        "attention_bias": False,
+        "norm_position": "post",
+        "final_norm": False,
+        "memory_length": 6,
+    },
+    "rsa-xl": {"num_local_rnns": 0, "position_embedding": "relative", "clamp_length": 4, "memory_length": 7, **RSA},
+    "t5-unit-keys": {
+        "num_local_rnns": 0,
+        "position_embedding": "t5",
+        "layer_norm_type": "rms",
+        "normalize_keys": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "memory_length": 6,
+    },
+    "gru-and-rsa-with-memory": {"memory_length": 3, **RSA},
+    "lstm-unpadded-with-memory": {"local_rnn_type": "lstm", "local_padding": "none", "memory_length": 4},
+}
+RECURRENT_VARIANTS = {
+    "brt": {
+        "num_local_rnns": 0,
+        "position_embedding": "t5",
+        "memory_length": 3,
+        "recurrent_layers": [1],
+        "block_length": 4,
+        "num_state_vectors": 3,
+    },
+    "rsa-brt-dual-lstm": {
+        "num_local_rnns": 0,
+        "memory_length": 6,
+        "recurrent_layers": [0],
+        "block_length": 3,
+        "num_state_vectors": 2,
+        "state_gate": "lstm",
+        "state_update": "dual",
+        "normalize_keys": True,
+        **RSA,
+    },
+    "gru-and-brt-single": {
+        "memory_length": 4,
+        "recurrent_layers": [0, 1],
+        "block_length": 4,
+        "num_state_vectors": 3,
+        "state_update": "single",
+    },
+}
+ALL_VARIANTS = {**VARIANTS, **MEMORY_VARIANTS, **RECURRENT_VARIANTS}
+
 
 def tiny_config(variant="gru-and-rsa", **fields):
     """A model of two blocks, five heads and width 20, in odd sizes; a forecaster's if it has a `prediction_length`."""
@@ -50,7 +103,7 @@ def tiny_config(variant="gru-and-rsa", **fields):
         "bos_token_id": 1,
         "eos_token_id": None,
         "initializer_range": 0.3,
-        **VARIANTS[variant],
+        **ALL_VARIANTS[variant],
         **fields,
     }
     return (RTransformerForecasterConfig if "prediction_length" in fields else RTransformerConfig)(**fields)

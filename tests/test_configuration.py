@@ -24,9 +24,15 @@ from modeling_rtransformer import RTransformerConfig, rem_heads
         ({"rem_dilations": 0}, "`rem_dilations` must be at least 1, got 0"),
         ({"rem_gate": "heads"}, "`rem_gate` must be one of layer, head, got 'heads'; did you mean `head`"),
         ({"rem_layers": [0, 3]}, "`rem_layers` must be indices of the 3 blocks, from 0 to 2, got"),
-        ({"position_embedding": "rotary"}, "`position_embedding` must be one of none, sinusoidal, got 'rotary'"),
+        (
+            {"position_embedding": "rotary"},
+            "`position_embedding` must be one of none, sinusoidal, relative, t5, got 'rotary'",
+        ),
         ({"position_embedding": "sinusoidal", "hidden_size": 15, "num_attention_heads": 5}, "must be even"),
-        ({"layer_norm_type": "rms"}, "`layer_norm_type` must be one of standard, original, got 'rms'"),
+        (
+            {"layer_norm_type": "rsm"},
+            "`layer_norm_type` must be one of standard, original, rms, got 'rsm'; did you mean",
+        ),
         ({"hidden_dropout": 1.0}, r"`hidden_dropout` must be in \[0, 1\), got 1.0"),
         ({"num_input_features": 0}, "`num_input_features` must be at least 1, or None for token ids, got 0"),
         ({"hidden_act": "rleu"}, "`hidden_act` must be one of .* got 'rleu'; did you mean `relu`"),

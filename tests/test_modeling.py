@@ -227,13 +227,12 @@ def test_other_4d_masks_are_refused_where_there_are_windows_or_rems(variant, for
         model(random_ids(1, 9), attention_mask=sees)
 
 
-@pytest.mark.parametrize("described_by", ["position_ids", "seq_idx", "cu_seq_lens_q", "attention_mask"])
+@pytest.mark.parametrize("described_by", ["position_ids", "cu_seq_lens_q", "attention_mask"])
 def test_packed_sequences_with_a_cache_are_refused(described_by):
     model = causal_lm()
     segment_ids = torch.tensor([[0, 0, 0, 0, 1, 1]])
     description = {
         "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1]]),
-        "seq_idx": segment_ids,
         "cu_seq_lens_q": torch.tensor([0, 4, 6]),
         "attention_mask": block_diagonal(segment_ids, True),
     }

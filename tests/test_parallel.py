@@ -102,6 +102,29 @@ def one(recipe, tmp_path_factory):
     return folder
 
 
+def on_streams(processes, recipe, folder):
+    """A step of a plan: training with memory on four streams, and scoring on two."""
+    settings = [
+        f"training.per_device_train_batch_size={4 // processes}",
+        f"training.per_device_eval_batch_size={2 // processes}",
+    ]
+    return {
+        "environment": environment("ddp", *IN_FLOAT32, "--num_processes", str(processes)),
+        "train": [str(recipe), "--output-dir", str(folder), *with_settings(*settings)],
+        "count": str(folder.with_suffix(".json")),
+    }
+
+
+@pytest.fixture(scope="module")
+def streams(tmp_path_factory):
+    """A recipe of a model with memory, recurrent states and LocalRNNs, in two accumulated rows a step."""
+    folder = tmp_path_factory.mktemp("streams")
+    training = LANGUAGE_MODELING.replace("window = 33\neval_stride = 20", 'rows = "streams"\nwindow = 12')
+    training = training.replace("max_steps = 12", "max_steps = 6\ngradient_accumulation_steps = 2\nadam_epsilon = 1e-4")
+    shape = {"num_hidden_layers": 2, "memory_length": 7, "recurrent_layers": [1], "block_length": 4}
+    return write_recipe(folder, training, write_text(folder), num_state_vectors=3, **shape)
+
+
 VARIANTS = {
     "fused": {"checkpointing": True},
     "eager": {"options": {"attn_implementation": "eager"}, "config": {"rem_gate": "head", "num_local_rnns": 0}},
@@ -109,7 +132,7 @@ VARIANTS = {
 
 
 @pytest.fixture(scope="module")
-def two(recipe, tmp_path_factory):
+def two(recipe, streams, tmp_path_factory):
     """All that is run on two processes; the folder has a run of each name."""
     folder = tmp_path_factory.mktemp("two")
     plan = [
@@ -117,6 +140,7 @@ def two(recipe, tmp_path_factory):
         on(2, "ddp", recipe, folder / "averaged", AVERAGED),
         on(2, "fsdp2", recipe, folder / "fsdp2", launch=("--fsdp_activation_checkpointing", "true")),
         {"environment": {}, "shard": str(folder / "shard.json"), "variants": VARIANTS},
+        on_streams(2, streams, folder / "streams"),
     ]
     if HAS_TENSOR_PARALLEL_TRAINING:
         plan.append(on(2, "tensor-parallel", recipe, folder / "tensor-parallel"))
@@ -188,6 +212,14 @@ def test_measured_memory_and_traffic_match_the_documented_ones(name, two):
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", pytest.param("tensor-parallel", marks=NEEDS_NEW_TRANSFORMERS)])
 def test_two_processes_are_one(name, one, two):
     assert_same_run(two / name, one)
+
+
+def test_two_processes_carry_the_memories_of_their_streams_as_one_does(streams, two, tmp_path):
+    train.main(on_streams(1, streams, tmp_path / "one")["train"])
+    assert_same_run(two / "streams", tmp_path / "one")
+    for rank in range(2):
+        memory = load_file(two / "streams" / "checkpoint-4" / f"memory-{rank}.safetensors")
+        assert memory["length"] == 4 * 2 * 12 and memory["0.keys"].shape[0] == 2
 
 
 def test_two_processes_average_the_weights_as_one_does(recipe, one, two, tmp_path):

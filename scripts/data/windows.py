@@ -53,6 +53,10 @@ class TokenStream:
         first, last = np.searchsorted(self._begins, [start, end])
         return self._begins[first:last] - start
 
+    def documents_before(self, end: int) -> int:
+        """How many documents begin before the position `end`."""
+        return int(np.searchsorted(self._begins, end))
+
 
 def positions_in_documents(begins: np.ndarray, length: int) -> torch.Tensor:
     """

@@ -70,7 +70,7 @@ def match(recipe: str | Path, overrides: Sequence[str], parameters: int, prepare
     baseline = read_recipe(recipe, overrides)
     config = baseline.config()
     heads = getattr(config, "num_attention_heads", 1)
-    step = math.lcm(heads, 2) if getattr(config, "position_embedding", None) == "sinusoidal" else heads
+    step = math.lcm(heads, 2) if getattr(config, "position_embedding", None) in ("sinusoidal", "relative") else heads
 
     def count(width: int, **values: int) -> int:
         return count_parameters(baseline, prepared, hidden_size=width, **values)

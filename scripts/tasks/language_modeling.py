@@ -5,7 +5,7 @@ import dataclasses
 import gzip
 import lzma
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Literal
@@ -17,6 +17,7 @@ from pydantic import PositiveInt
 from transformers import AutoModelForCausalLM, EvalPrediction, PreTrainedTokenizerBase, TrainingArguments
 
 from scripts.data.streaming import StreamedWindows
+from scripts.data.streams import Streams
 from scripts.data.tokenization import build_tokenizer, characters_per_token, token_ids
 from scripts.data.windows import IGNORED, TokenStream, Windows
 from scripts.metrics import METRIC_FUNCTIONS
@@ -45,6 +46,9 @@ class Options:
         max_eval_rows: rows scored at an evaluation during training, spread over the split; all if left out.
         documents: `joined`: a row continues into the next document; `separate`: the rows are the same, but attention
             and recurrences stop at the end of a document.
+        rows: `windows`: each row is read alone; `streams`: a model with `memory_length` reads the text in order, row
+            s of a stream after row s - 1, and remembers. `window` and `eval_window` are then the tokens that a row
+            predicts.
     """
 
     name: str
@@ -55,8 +59,13 @@ class Options:
     eval_stride: int | None = None
     max_eval_rows: PositiveInt | None = None
     documents: Literal["joined", "separate"] = "joined"
+    rows: Literal["windows", "streams"] = "windows"
 
     def __post_init__(self) -> None:
+        if self.rows == "streams":
+            for name in ("stride", "eval_stride", "train_once"):
+                if getattr(self, name):
+                    raise ValueError(f"`task.{name}` is not for `task.rows` 'streams', whose rows follow each other")
         for stride, window in (("stride", "window"), ("eval_stride", "eval_window")):
             width, step = getattr(self, window) or self.window, getattr(self, stride)
             if width < 2:
@@ -64,9 +73,11 @@ class Options:
             if step is not None and not 1 <= step < width:
                 raise ValueError(f"`task.{stride}` must be from 1 to `{window}` - 1 ({width - 1}), got {step}")
 
-    def windows(self, stream: TokenStream, *, training: bool) -> Windows:
+    def dataset(self, stream: TokenStream, *, training: bool) -> Windows | Streams:
         """The rows of one split."""
         window = self.window if training else self.eval_window or self.window
+        if self.rows == "streams":
+            return Streams(stream, segment=window, separate=self.documents == "separate")
         stride = (self.stride or window - 1) if training else (self.eval_stride or window // 2)
         score_once = self.train_once or not training
         separate = self.documents == "separate"
@@ -76,6 +87,8 @@ class Options:
 def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[str]) -> Prepared:
     """Tokenise the documents, join them into one stream a split and cut it into rows."""
     check(recipe, METRICS, compressors=COMPRESSORS, text=True, tokenizer=tokenizer)
+    if recipe.task.rows == "streams":
+        check_streams(recipe)
     options, documents = recipe.task, recipe.load_data()
     for split in splits:
         if isinstance(documents[split], Dataset) and not any(row["text"] for row in documents[split]):
@@ -91,25 +104,58 @@ def prepare(recipe, tokenizer: PreTrainedTokenizerBase | None, splits: Sequence[
             "`report.metrics` has bits_per_character, which this tokenizer cannot give, as one of words; use perplexity"
         )
     datasets = {
-        split: options.windows(token_stream(documents[split], tokenizer), training=split == "train")
+        split: options.dataset(token_stream(documents[split], tokenizer), training=split == "train")
         if isinstance(documents[split], Dataset)
         else stream_of_rows(recipe, documents[split], tokenizer)
         for split in splits
     }
+    in_streams = options.rows == "streams"
     return Prepared(
         auto_class=AutoModelForCausalLM,
         config_values=vocabulary(tokenizer),
         datasets=datasets,
         tokenizer=tokenizer,
         max_eval_rows=options.max_eval_rows,
-        reduce_logits=row_nll,
+        reduce_logits=partial(row_nll, shifted=in_streams),
         compute_metrics=partial(
-            language_metrics, metrics=recipe.report.metrics, characters=characters, unknown_id=tokenizer.unk_token_id
+            language_metrics,
+            metrics=recipe.report.metrics,
+            characters=characters,
+            unknown_id=tokenizer.unk_token_id,
+            shifted=in_streams,
         ),
         compare=lambda split: {
             name: compressed_bits_per_character(documents[split]["text"], name) for name in recipe.report.compressors
         },
     )
+
+
+def check_streams(recipe) -> None:
+    """Refuse what does not go with a memory that is carried from row to row."""
+    config, options = recipe.config(), recipe.task
+    if getattr(config, "memory_length", None) is None:
+        raise ValueError("`model.memory_length` must be a number with `task.rows` 'streams', got None")
+    for section, name in (
+        ("data", "streaming"),
+        ("budget", "total_seconds"),
+        ("training", "gradient_checkpointing"),
+        ("training", "auto_find_batch_size"),
+        ("training", "fsdp"),
+    ):
+        settings = getattr(recipe, section)
+        value = settings.get(name) if isinstance(settings, Mapping) else getattr(settings, name, None)
+        if value:
+            raise ValueError(f"`{section}.{name}` is not for `task.rows` 'streams'; leave one of them out")
+    if not config.recurrent_layers:
+        return
+    block, window = config.block_length, options.window
+    if window % block or window < 2 * block:
+        raise ValueError(
+            f"`task.window` must be whole blocks of `model.block_length` ({block}), at least two, with `task.rows` "
+            f"'streams', got {window}: gradients reach the states' update only from a later block of the same row"
+        )
+    if options.documents == "separate":
+        raise ValueError("`task.documents` must be 'joined' with `model.recurrent_layers`: blocks cross documents")
 
 
 def token_stream(documents: Dataset, tokenizer: PreTrainedTokenizerBase) -> TokenStream:
@@ -149,18 +195,28 @@ def _tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase) -> dic
     return {"input_ids": [np.append(ids, tokenizer.eos_token_id) for ids in token_ids(tokenizer, batch["text"])]}
 
 
-def row_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Summed negative log likelihood, in nats, of the scored positions of each row.  (B, L, V), (B, L) -> (B,)"""
+def row_nll(logits: torch.Tensor, labels: torch.Tensor, shifted: bool = False) -> torch.Tensor:
+    """
+    Summed negative log likelihood, in nats, of the scored positions of each row: (B, L, V), (B, L) -> (B,). Labels that
+    are `shifted` already are the tokens that follow.
+    """
     logits = logits[0] if isinstance(logits, tuple) else logits
-    targets = labels[:, 1:].contiguous()
+    if not shifted:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    targets = labels.contiguous()
     nll = torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return nll.view_as(targets).double().sum(dim=1)
 
 
 def language_metrics(
-    prediction: EvalPrediction, *, metrics: Sequence[str], characters: Sequence[int] | None, unknown_id: int | None
+    prediction: EvalPrediction,
+    *,
+    metrics: Sequence[str],
+    characters: Sequence[int] | None,
+    unknown_id: int | None,
+    shifted: bool = False,
 ) -> dict[str, float]:
     """
     Metrics from the summed likelihoods and the labels they belong to: exact, whatever the batches were.
@@ -168,7 +224,7 @@ def language_metrics(
     Bits per character counts what a reader would need to restore the text: `<eos>` costs bits but is no character; a
     character outside the vocabulary costs its `<unk>` and the naming of one of all 1,114,112 code points.
     """
-    labels = prediction.label_ids[:, 1:]
+    labels = prediction.label_ids if shifted else prediction.label_ids[:, 1:]
     scored = labels[labels != IGNORED]
     nll = np.asarray(prediction.predictions, dtype=np.float64)
     result = {}

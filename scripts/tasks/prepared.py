@@ -11,6 +11,7 @@ from torch.utils.data import Dataset, Subset
 from transformers import EvalPrediction, PreTrainedTokenizerBase, default_data_collator
 
 from modeling_rtransformer.configuration_rtransformer import nearest
+from scripts.data.streams import Streams
 
 
 def check(
@@ -53,7 +54,12 @@ def _nothing(found: Any) -> dict[str, Any]:
 
 
 def spread(dataset: Dataset | None, rows: int | None) -> Dataset | None:
-    """So many rows, at even distances from the first to the last; all of them for None or where there are no more."""
+    """
+    So many rows, at even distances from the first to the last; all of them for None or where there are no more. Rows of
+    streams follow each other, so that they are the first ones.
+    """
+    if isinstance(dataset, Streams) and rows is not None:
+        return dataset.beginning(rows)
     if dataset is None or rows is None or rows >= len(dataset):
         return dataset
     places = np.linspace(0, len(dataset) - 1, rows).round().astype(int).tolist()

@@ -63,14 +63,14 @@ def saved_model(folder: str | Path) -> Path:
     return inside if (inside / "config.json").is_file() else Path(folder)
 
 
-def load_model(auto_class, checkpoint: str | Path) -> PreTrainedModel:
+def load_model(auto_class, checkpoint: str | Path, **fields) -> PreTrainedModel:
     """
-    Load a model of the task's kind.
+    Load a model of the task's kind, with other values of config fields that no parameter depends on.
 
     Raises:
         ValueError: the checkpoint lacks weights that this kind of model has, so it is of another kind.
     """
-    model, loading = auto_class.from_pretrained(str(checkpoint), output_loading_info=True)
+    model, loading = auto_class.from_pretrained(str(checkpoint), output_loading_info=True, **fields)
     if loading["missing_keys"]:
         raise ValueError(
             f"{checkpoint} is not a checkpoint for {auto_class.__name__}: it lacks "

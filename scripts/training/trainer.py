@@ -1,5 +1,6 @@
 """`Trainer` as the recipes use it, and the scoring of a split."""
 
+import functools
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -12,19 +13,52 @@ from transformers.integrations import get_available_reporting_integrations
 
 from modeling_rtransformer.hub_files import HubFilesCallback
 from scripts.data.streaming import StreamedWindows, StreamLoader
+from scripts.data.streams import Streams
 from scripts.data.windows import IGNORED
 from scripts.tasks.prepared import Prepared
 from scripts.training.budget import RowsInTime
+from scripts.training.carried_memory import Memory
 from scripts.training.interruptions import InterruptionCallback, delay_signals_in_worker, maximum
 
 
 class RecipeTrainer(Trainer):
     """
     A `Trainer` that reads a [`StreamedWindows`] by parts, one for each data-parallel process, trains on each row once
-    a pass with any number of processes, and records every batch for the [`InterruptionCallback`].
+    a pass with any number of processes, carries a model's memory from row to row of [`Streams`], and records every
+    batch for the [`InterruptionCallback`].
     """
 
+    @functools.cached_property
+    def memories(self) -> dict[bool, Memory]:
+        """What a model that reads [`Streams`] remembers in training (True) and in scoring (False)."""
+        config = self.accelerator.unwrap_model(self.model).config
+        return {training: Memory(config) for training in (True, False)}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if "shift_labels" not in inputs:  # not of streams
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        memory = self.memories[model.training]
+        loss, outputs = super().compute_loss(model, memory.arguments(inputs), True, num_items_in_batch)
+        memory.detach()
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *arguments, **options):
+        self.memories[False].clear()
+        return super().evaluation_loop(*arguments, **options)
+
+    def _lay_out(self, dataset, rows: int):
+        """Tell a dataset of streams how many there are."""
+        if isinstance(dataset, Streams):
+            if self.is_fsdp_enabled or self._processes_per_batch() > 1:
+                raise ValueError(
+                    "`task.rows` must be 'windows' with FSDP, tensor, context or sequence parallelism, got 'streams': "
+                    "a memory is carried in one process or in data parallelism (DDP)"
+                )
+            dataset.streams = rows * (self.args.world_size // self._processes_per_batch())
+        return dataset
+
     def get_train_dataloader(self) -> DataLoader | StreamLoader:
+        self._lay_out(self.train_dataset, self._train_batch_size)
         if not isinstance(self.train_dataset, StreamedWindows):
             return _delaying_signals(super().get_train_dataloader())
         args = self.args
@@ -45,8 +79,12 @@ class RecipeTrainer(Trainer):
             worker_init_fn=delay_signals_in_worker,
         )
 
-    def get_eval_dataloader(self, *arguments, **options) -> DataLoader:
-        return _delaying_signals(super().get_eval_dataloader(*arguments, **options))
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        self._lay_out(self.eval_dataset if eval_dataset is None else eval_dataset, self.args.eval_batch_size)
+        return _delaying_signals(super().get_eval_dataloader(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset) -> DataLoader:
+        return super().get_test_dataloader(self._lay_out(test_dataset, self.args.eval_batch_size))
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches = map(self._without_repeats, epoch_iterator) if self._repeats_rows() else epoch_iterator
@@ -113,6 +151,9 @@ def make_trainer(model: PreTrainedModel, args: TrainingArguments, prepared: Prep
         args.label_names = list(prepared.label_names)
     if isinstance(prepared.datasets.get("train"), StreamedWindows):
         args.ignore_data_skip = True  # a stream resumes from its own state, without reading the rows before
+    if any(isinstance(dataset, Streams) for dataset in prepared.datasets.values()):
+        args.train_sampling_strategy = "sequential"
+        args.remove_unused_columns = False  # `shift_labels` and `seq_idx` are no parameters by name
     return RecipeTrainer(
         model=model,
         args=args,
