@@ -260,9 +260,13 @@ class RTransformerModel(RTransformerPreTrainedModel):
         if cache is not None and self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             raise ValueError("`cache` cannot be given with gradient checkpointing, which would drop it; disable one")
         if cache is not None:
-            check_memory(self.config, cache, queries)
+            self._check_keys(cache, queries)
             self._check_windows(cache)
         return use_cache if self.is_causal else False
+
+    def _check_keys(self, cache: Cache, queries: int) -> None:
+        """Raise a ValueError if the cache keeps other keys than `memory_length` asks for."""
+        check_memory(self.config, cache, queries)
 
     def _read_prepared_mask(
         self, attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None, cache: Cache | None

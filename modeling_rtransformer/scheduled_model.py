@@ -94,6 +94,9 @@ class ScheduledModel(ScheduledPreTrainedModel, RTransformerModel):
         """Whether this call keeps less for the backward pass, and computes it again."""
         return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
 
+    def _check_keys(self, cache: Cache, queries: int) -> None:
+        """These models have no `memory_length`; what their caches keep is checked where it is read."""
+
     def _prepare(
         self,
         input_ids: torch.Tensor | None,
@@ -119,7 +122,7 @@ class ScheduledModel(ScheduledPreTrainedModel, RTransformerModel):
                 f"got {self.config._attn_implementation!r}"
             )
         embedded = embed_inputs(self, input_ids, inputs_embeds, input_values)
-        use_cache = self._check_direction_and_cache(cache, use_cache, kwargs)
+        use_cache = self._check_direction_and_cache(cache, embedded.shape[1], use_cache, kwargs)
         batch, length = embedded.shape[:2]
         segment_ids = None
         if cache is not None:

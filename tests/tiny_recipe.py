@@ -55,6 +55,7 @@ held_out = 0.2
 
 [tokenizer]
 kind = "word"
+min_frequency = 2
 
 [training]
 max_steps = 60
@@ -78,7 +79,10 @@ def write_text(folder: Path, lines: int = 120) -> Path:
 
 
 def write_table(folder: Path, rows: int = 60) -> Path:
-    """A CSV file whose label is the second word of its text."""
+    """
+    A CSV file whose label is the second word of its text. The last word is different in each row: a tokenizer with
+    `min_frequency` 1 would know it in training alone, where a model could learn the rows by heart.
+    """
     kinds = ("apple", "bread", "cheese")
     path = folder / "table.csv"
     body = "".join(f"some {kinds[n % 3]} for {n},{kinds[n % 3]}\n" for n in range(rows))
