@@ -163,6 +163,8 @@ class RTransformerPreTrainedModel(PreTrainedModel):
 class RTransformerModel(RTransformerPreTrainedModel):
     """The embedded input, the blocks and the final norm, without a head."""
 
+    continues_documents = True  # `seq_idx` beside a cache may number the positions of the past too
+
     layer_class = RTransformerBlock
 
     def __init__(self, config: RTransformerConfig):
@@ -310,7 +312,8 @@ class RTransformerModel(RTransformerPreTrainedModel):
         A ValueError where packed sequences come with a cache, which holds one sequence a row unless `seq_idx` has the
         numbers of the past too.
         """
-        found = [name for name in ("cu_seq_lens_q",) if kwargs.get(name) is not None]
+        names = ("cu_seq_lens_q",) if self.continues_documents else ("seq_idx", "cu_seq_lens_q")
+        found = [name for name in names if kwargs.get(name) is not None]
         if segment_ids is not None:
             found.append("attention_mask")
         is_described = kwargs.get("seq_idx") is not None
@@ -320,7 +323,8 @@ class RTransformerModel(RTransformerPreTrainedModel):
         if found:
             raise ValueError(
                 f"`{found[0]}` describes packed sequences, and a `cache` holds one sequence a row; leave the cache out "
-                "(`use_cache=False`), give each sequence a row of its own, or number all positions by `seq_idx`"
+                "(`use_cache=False`), or give each sequence a row of its own"
+                + (", or number all positions by `seq_idx`" if self.continues_documents else "")
             )
 
     def _check_windows(self, cache: Cache) -> None:

@@ -85,6 +85,8 @@ class CheckpointedCall(GradientCheckpointingLayer):
 class ScheduledModel(ScheduledPreTrainedModel, RTransformerModel):
     """A base model; the subclass has the order of the positions in its `forward`."""
 
+    continues_documents = False
+
     def __init__(self, config: PreTrainedConfig):
         super().__init__(config)
         self.checkpointed = CheckpointedCall()
