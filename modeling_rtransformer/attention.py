@@ -26,6 +26,7 @@ from .engines import PagedAttentionCache, paged_distances, paged_update
 from .head_shard import HeadShard
 from .positions import SequenceInfo
 from .recurrence_encoding import RecurrenceEncoding
+from .structured_linear import make_linear
 
 
 def eager_attention_forward(
@@ -58,10 +59,10 @@ class RTransformerAttention(nn.Module):
         self.scaling = config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = config.is_causal
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_proj = make_linear(config, "attention", config.hidden_size, config.hidden_size)
+        self.k_proj = make_linear(config, "attention", config.hidden_size, config.hidden_size)
+        self.v_proj = make_linear(config, "attention", config.hidden_size, config.hidden_size)
+        self.o_proj = make_linear(config, "attention", config.hidden_size, config.hidden_size)
         self.recurrence = self.make_recurrence(config, layer_idx)
 
     @staticmethod
@@ -122,7 +123,7 @@ class RTransformerAttention(nn.Module):
             **kwargs,
         )  # (B, T, H, d), (B, H, T, L) or None
         if self.recurrence is not None:
-            shard = HeadShard.of(self.v_proj.weight, value.shape[1], self.config.num_attention_heads)
+            shard = HeadShard.of(next(self.v_proj.parameters()), value.shape[1], self.config.num_attention_heads)
             if weights is not None:  # the definition, from the matrix
                 weights = self.recurrence.mixing_matrix(weights, positions, sequence.segment_ids, shard)
                 output = (weights @ value_states).transpose(1, 2)

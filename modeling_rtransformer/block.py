@@ -26,6 +26,7 @@ from .configuration_rtransformer import RTransformerConfig
 from .library_versions import accepts_both_cache_names
 from .local_rnn import RTransformerLocalRNN
 from .positions import SequenceInfo
+from .structured_linear import make_linear
 
 
 class OriginalLayerNorm(nn.LayerNorm):
@@ -64,8 +65,8 @@ class RTransformerMLP(nn.Module):
 
     def __init__(self, config: RTransformerConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up_proj = make_linear(config, "feed_forward", config.hidden_size, config.intermediate_size)
+        self.down_proj = make_linear(config, "feed_forward", config.intermediate_size, config.hidden_size)
         self.act_fn = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout)
 

@@ -24,6 +24,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from .engines import refuse_continuous_batching
 from .inputs import check_ids
 from .library_versions import BaseModelOutputWithPast, CausalLMOutputWithPast, accepts_both_cache_names, named_cache
+from .structured_linear import with_folded_linears
 
 
 logger = logging.get_logger(__name__)
@@ -67,7 +68,7 @@ class CausalLMHead(LanguageModelHead):
     `PreTrainedModel` among the base classes.
     """
 
-    generate = accepts_both_cache_names(GenerationMixin.generate)
+    generate = accepts_both_cache_names(with_folded_linears(GenerationMixin.generate))
 
     def init_continuous_batching(self, *args, **kwargs) -> ContinuousBatchingManager:
         """As in Transformers; a NotImplementedError where a model remembers more than keys and values."""

@@ -38,6 +38,7 @@ FORECASTERS = [RTransformerForecasterModel, RTransformerForTimeSeriesPrediction]
 CHECKPOINTS = [
     *[(head, {}) for head in HEADS],
     *[(head, {"num_input_features": 3}) for head in HEADS],
+    (RTransformerModel, {"linear_structure": "monarch"}),
     *[(head, {"num_input_features": 3, "prediction_length": 2}) for head in FORECASTERS],
 ]
 

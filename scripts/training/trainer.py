@@ -46,6 +46,10 @@ class RecipeTrainer(Trainer):
     def get_eval_dataloader(self, *arguments, **options) -> DataLoader:
         return _delaying_signals(super().get_eval_dataloader(*arguments, **options))
 
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Those of `Trainer` without the factors of butterflies, to which their authors apply no weight decay."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("twiddle")]
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches = map(self._without_repeats, epoch_iterator) if self._repeats_rows() else epoch_iterator
         return super().get_batch_samples(batches, num_batches, device)
