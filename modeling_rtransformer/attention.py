@@ -30,6 +30,7 @@ from .memory import keys_at_hand, segment_ids_of_keys
 from .positions import SequenceInfo
 from .recurrence_encoding import RecurrenceEncoding
 from .relative_positions import POSITION_BIASES, by_distance, by_distance_at_the_end
+from .structured_linear import make_linear
 
 
 def eager_attention_forward(
@@ -85,9 +86,10 @@ class RTransformerAttention(nn.Module):
         self.scaling = 1.0 if config.normalize_keys else config.head_dim**-0.5
         self.attention_dropout = config.attention_dropout
         self.is_causal = config.is_causal
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        size, bias = config.hidden_size, config.attention_bias
+        self.q_proj = make_linear(config, "attention", size, size, bias)
+        self.k_proj = make_linear(config, "attention", size, size, bias)
+        self.v_proj = make_linear(config, "attention", size, size, bias)
         self.o_proj = self.make_output(config)
         self.recurrence = self.make_recurrence(config, layer_idx)
         position_bias = POSITION_BIASES.get(config.position_embedding)
@@ -95,9 +97,9 @@ class RTransformerAttention(nn.Module):
         self.scale = HeadScale(config) if config.normalize_keys else None
 
     @staticmethod
-    def make_output(config: RTransformerConfig) -> nn.Linear:
+    def make_output(config: RTransformerConfig) -> nn.Module:
         """The projection of the heads to the hidden size."""
-        return nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        return make_linear(config, "attention", config.hidden_size, config.hidden_size, config.attention_bias)
 
     @staticmethod
     def make_recurrence(config: RTransformerConfig, layer_idx: int) -> nn.Module | None:
@@ -176,7 +178,7 @@ class RTransformerAttention(nn.Module):
         if not self.config.see_own_position:
             output, weights = without_empty_rows(output, weights, sequence.attention_mask)
         if self.recurrence is not None:
-            shard = HeadShard.of(self.v_proj.weight, value.shape[1], self.config.num_attention_heads)
+            shard = HeadShard.of(next(self.v_proj.parameters()), value.shape[1], self.config.num_attention_heads)
             # without a past the queries are all keys, although a static cache returns room for more
             rem_values = value if positions is None and weights is None else values
             ids = segment_ids_of_keys(sequence.segment_ids, first_row, input_shape[1], rem_values.shape[2])

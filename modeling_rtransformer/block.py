@@ -28,6 +28,7 @@ from .layer_norms import make_layer_norm
 from .library_versions import accepts_both_cache_names
 from .local_rnn import RTransformerLocalRNN
 from .positions import SequenceInfo
+from .structured_linear import make_linear
 
 
 def wait_for_offloaded(cache: Cache | None, layer_idx: int, device: torch.device) -> None:
@@ -47,8 +48,9 @@ class RTransformerMLP(nn.Module):
 
     def __init__(self, config: RTransformerConfig):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        size, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.up_proj = make_linear(config, "feed_forward", size, inner, bias)
+        self.down_proj = make_linear(config, "feed_forward", inner, size, bias)
         self.act_fn = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(config.hidden_dropout)
 

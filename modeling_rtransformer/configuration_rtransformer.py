@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 
-LOCAL_RNN_TYPES = ("gru", "lstm", "rnn")
+LOCAL_RNN_TYPES = ("gru", "lstm", "rnn", "hard_lstm")
 LOCAL_PADDINGS = ("zeros", "none")
 REM_KINDS = ("none", "regular", "first_cyclical", "second_cyclical")
 REM_GATES = ("layer", "head")
@@ -20,6 +20,8 @@ NORM_POSITIONS = ("pre", "post")
 MEMORY_MASKS = ("window", "segment")
 STATE_GATES = ("fixed", "lstm")
 STATE_UPDATES = ("skip", "dual", "single")
+LINEAR_STRUCTURES = ("dense", "monarch", "butterfly")
+LINEAR_PARTS = ("local_rnn", "attention", "feed_forward")
 
 # The class that each Auto class gives, as `file.class`. The Auto classes read it from the config of a checkpoint where
 # this package is not installed, and the package's `__init__` registers these classes.
@@ -148,7 +150,9 @@ class RTransformerConfig(PreTrainedConfig):
         is_causal (`bool`, defaults to `True`):
             True: LocalRNN, attention and REM see the past only. False: every layer sees both sides.
         num_local_rnns (`int`, defaults to 1): LocalRNNs in each block; 0 for none.
-        local_rnn_type (`str`, defaults to `"gru"`): `"gru"`, `"lstm"` or `"rnn"` (tanh).
+        local_rnn_type (`str`, defaults to `"gru"`):
+            `"gru"`, `"lstm"`, `"rnn"` (tanh), or `"hard_lstm"`: an LSTM with the hard sigmoids of the published
+            Butterfly R-Transformer, min(max(z / 5 + 1 / 2, 0), 1), for its checkpoints; it has no kernels.
         local_window (`int`, defaults to 7): window K of the LocalRNN in positions, the current one included.
         local_padding (`str`, defaults to `"zeros"`):
             What windows that reach back before the sequence find there: `"zeros"`, which the RNN reads as inputs (the
@@ -196,6 +200,15 @@ class RTransformerConfig(PreTrainedConfig):
         normalize_keys (`bool`, defaults to `False`):
             scale queries and keys to unit length, and multiply the scores by one learned factor per head in place of
             1 / sqrt(d).
+        linear_structure (`str`, defaults to `"dense"`):
+            The weights of the linear layers in the blocks: `"dense"`; `"monarch"`, a product of two block-diagonal
+            factors with 2 / `linear_blocks` of the weights where input and output are equally wide; or `"butterfly"`,
+            a product of sparse factors with fewer weights still, slow by design, for models trained with it.
+        linear_blocks (`int`, defaults to 4):
+            Blocks of a Monarch factor: a divisor of `hidden_size`, and its square at most `hidden_size`.
+        linear_structure_in (`list[str]`, *optional*):
+            The parts that have the structure, of `"local_rnn"`, `"attention"` and `"feed_forward"`; None for all.
+            Embeddings, heads and gates are dense.
         num_input_features (`int`, *optional*):
             If set, the input is `input_values` of shape `(batch, length, num_input_features)`, mapped by a linear
             layer in place of the token embedding; there is then no token embedding to tie.
@@ -271,6 +284,9 @@ class RTransformerConfig(PreTrainedConfig):
     attention_bias: bool = True
     mlp_bias: bool = True
     normalize_keys: bool = False
+    linear_structure: str = "dense"
+    linear_blocks: int = 4
+    linear_structure_in: list[str] | None = None
     num_input_features: int | None = None
     tie_word_embeddings: bool = True
     lm_head_bias: bool = True
@@ -341,6 +357,7 @@ class RTransformerConfig(PreTrainedConfig):
             self._require(self.num_input_features >= 1, "num_input_features", "at least 1, or None for token ids")
         self._validate_memory()
         self._validate_rem()
+        self._validate_structure()
 
     def _validate_memory(self) -> None:
         self._require_name("memory_mask", MEMORY_MASKS)
@@ -408,6 +425,34 @@ class RTransformerConfig(PreTrainedConfig):
                     f"got {getattr(self, field.name)!r}"
                 )
 
+    def _validate_structure(self) -> None:
+        self._require_name("linear_structure", LINEAR_STRUCTURES)
+        self._require(self.linear_blocks >= 1, "linear_blocks", "at least 1")
+        parts = self.linear_structure_in
+        self._require(parts is None or bool(parts), "linear_structure_in", "None for all parts, or name at least one")
+        for index, part in enumerate(parts or []):
+            if part not in LINEAR_PARTS:
+                raise ValueError(
+                    f"`linear_structure_in[{index}]` must be one of {', '.join(LINEAR_PARTS)}, "
+                    f"got {part!r}{nearest(part, LINEAR_PARTS)}"
+                )
+        if self.recurrent_layers:
+            self._require(self.linear_structure == "dense", "linear_structure", "'dense' with `recurrent_layers`")
+        if self.linear_structure != "monarch":
+            return
+        self._require(
+            self.hidden_size % self.linear_blocks == 0,
+            "linear_blocks",
+            f"a divisor of `hidden_size` ({self.hidden_size}) with `linear_structure` 'monarch'",
+        )
+        widths = ["hidden_size"] + ["intermediate_size"] * ("feed_forward" in self.structured_parts)
+        for name in widths:
+            self._require(
+                self.linear_blocks**2 <= getattr(self, name),
+                "linear_blocks",
+                f"at most the square root of `{name}` ({getattr(self, name)}) with `linear_structure` 'monarch'",
+            )
+
     def _require(self, holds: bool, name: str, requirement: str) -> None:
         if not holds:
             raise ValueError(f"`{name}` must be {requirement}, got {getattr(self, name)}")
@@ -440,6 +485,13 @@ class RTransformerConfig(PreTrainedConfig):
     def input_size(self) -> int | None:
         """Numbers of one position, None where the input is token ids."""
         return self.num_input_features
+
+    @property
+    def structured_parts(self) -> tuple[str, ...]:
+        """The parts of a block whose linear layers have a structure; none with `linear_structure` "dense"."""
+        if self.linear_structure == "dense":
+            return ()
+        return LINEAR_PARTS if self.linear_structure_in is None else tuple(self.linear_structure_in)
 
     @property
     def head_dim(self) -> int:

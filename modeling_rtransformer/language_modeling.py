@@ -24,6 +24,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple, logging
 from .engines import refuse_continuous_batching
 from .inputs import check_ids
 from .library_versions import BaseModelOutputWithPast, CausalLMOutputWithPast, accepts_both_cache_names, named_cache
+from .structured_linear import with_folded_linears
 
 
 logger = logging.get_logger(__name__)
@@ -84,6 +85,7 @@ class CausalLMHead(LanguageModelHead):
     """
 
     @accepts_both_cache_names
+    @with_folded_linears
     def generate(self, inputs: torch.Tensor | None = None, *arguments, **options):
         """
         As `GenerationMixin.generate`. Prompts that are padded behind their end are padded before their beginning first,

@@ -4,7 +4,10 @@ The LocalRNN as a module with its parameters, and the mixer of a block that is m
 local_rnn_steps.py has the definition and the K steps.
 """
 
-# B batch, L length, T positions of this call, D hidden size, K window, G gates: GRU 3, LSTM 4, tanh RNN 1
+# B batch, L length, T positions of this call, D hidden size, K window, G gates: GRU 3, LSTM and hard LSTM 4, tanh RNN 1
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -15,8 +18,17 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
 from .configuration_rtransformer import RTransformerConfig
-from .local_rnn_steps import NUM_GATES, local_rnn, log_once, needs_grad, reason_for_plain, resting_input
+from .local_rnn_steps import (
+    NUM_GATES,
+    local_rnn,
+    local_rnn_plain,
+    log_once,
+    needs_grad,
+    reason_for_plain,
+    resting_input,
+)
 from .positions import SequenceInfo
+from .structured_linear import MonarchLinear, StructuredLinear, make_linear, product_dtype
 
 
 TORCH_RNNS = {"gru": torch.gru, "lstm": torch.lstm, "rnn": torch.rnn_tanh}
@@ -25,13 +37,20 @@ TORCH_RNNS = {"gru": torch.gru, "lstm": torch.lstm, "rnn": torch.rnn_tanh}
 # since torch's LSTM packs the weights in each call.
 ONE_RUN_FROM = 64
 
+# The K steps multiply by the factors of a Monarch W_h from this D and so many positions on, if the factors have at most
+# this share of the elements of W_h (measured on a CPU).
+FACTORS_FROM_SIZE = 256
+FACTORS_FROM_POSITIONS = 64
+FACTORS_UP_TO_SHARE = 1 / 3
+
 
 def dense_weight(linear: nn.Module, in_features: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    `(weight, bias)` that a linear layer applies. Those of a plain layer are read; for a layer that replaces it (a LoRA
-    adapter, quantized or offloaded weights) they are computed by applying it to the unit vectors.
+    `(weight, bias)` that a linear layer applies. Those of a plain layer are read, those of a structured one
+    folded; for a layer that replaces it (a LoRA adapter, quantized or offloaded weights) they are computed by applying
+    it to the unit vectors.
     """
-    if type(linear) is GateProjection and not hasattr(linear, "_hf_hook"):
+    if (type(linear) is GateProjection or isinstance(linear, StructuredLinear)) and not hasattr(linear, "_hf_hook"):
         return linear.weight, linear.bias
     unit_and_zero = torch.eye(in_features + 1, in_features, dtype=like.dtype, device=like.device)
     rows = linear(unit_and_zero)  # (D + 1, G D): the columns of the weight plus the bias, then the bias
@@ -56,17 +75,24 @@ class LocalRNN(nn.Module):
     Args:
         hidden_size: D, of the input and of the state.
         window: K, at least 1.
-        rnn_type: `"gru"`, `"lstm"` or `"rnn"` (tanh).
+        rnn_type: `"gru"`, `"lstm"`, `"hard_lstm"` or `"rnn"` (tanh).
+        make_projection: `make_projection(D, G D)` makes each of the two linear layers.
     """
 
-    def __init__(self, hidden_size: int, window: int, rnn_type: str):
+    def __init__(
+        self,
+        hidden_size: int,
+        window: int,
+        rnn_type: str,
+        make_projection: Callable[[int, int], nn.Module] = GateProjection,
+    ):
         super().__init__()
         self.hidden_size = hidden_size
         self.window = window
         self.rnn_type = rnn_type
         self.implementation = "auto"
-        self.input_proj = GateProjection(hidden_size, NUM_GATES[rnn_type] * hidden_size)
-        self.recurrent_proj = GateProjection(hidden_size, NUM_GATES[rnn_type] * hidden_size)
+        self.input_proj = make_projection(hidden_size, NUM_GATES[rnn_type] * hidden_size)
+        self.recurrent_proj = make_projection(hidden_size, NUM_GATES[rnn_type] * hidden_size)
 
     def forward(
         self, inputs: torch.Tensor, segment_ids: torch.Tensor | None = None, in_sequence: torch.Tensor | None = None
@@ -85,13 +111,21 @@ class LocalRNN(nn.Module):
         one_long_window = inputs.shape[1] == self.window >= ONE_RUN_FROM  # a decoding step: L is 1
         if one_long_window and segment_ids is None and inputs.device.type == "cpu" and self.can_run_over(inputs):
             return self.over_sequence(inputs, in_sequence)[:, -1:]
-        weight, bias = dense_weight(self.recurrent_proj, self.hidden_size, inputs)
+        by_factors = self.steps_by_factors(inputs)
+        if by_factors:
+            weight, bias = None, self.recurrent_proj.bias
+        else:
+            weight, bias = dense_weight(self.recurrent_proj, self.hidden_size, inputs)
         projected, before = self.input_proj(inputs), None
         if in_sequence is not None:
             before = resting_input(bias.to(projected.dtype), self.rnn_type)
             projected = torch.where(in_sequence[..., None], projected, before)
         elif segment_ids is not None:
             before = self.input_proj(inputs.new_zeros(1, 1, self.hidden_size))
+        if by_factors:
+            log_once("plain", "the products by the factors of W_h are faster")
+            steps = projected, weight, bias.to(projected.dtype), before, segment_ids, self.rnn_type, self.window
+            return local_rnn_plain(*steps, self.recurrent_proj)
         return local_rnn(
             projected,
             weight,
@@ -103,14 +137,27 @@ class LocalRNN(nn.Module):
             implementation=self.implementation,
         )
 
+    def steps_by_factors(self, inputs: torch.Tensor) -> bool:
+        """
+        Whether the steps for inputs `(B, K - 1 + L, D)` multiply by the factors of W_h in place of the folded weight.
+        Only the plain steps can do that, and save more time by it than the kernels do where D and the batch are large.
+        """
+        if self.implementation != "auto" or type(self.recurrent_proj) is not MonarchLinear or self.window == 1:
+            return False
+        if torch.compiler.is_compiling() or hasattr(self.recurrent_proj, "_hf_hook"):
+            return False
+        positions = inputs.shape[0] * (inputs.shape[1] - self.window + 1)
+        is_large = self.hidden_size >= FACTORS_FROM_SIZE and positions >= FACTORS_FROM_POSITIONS
+        return is_large and self.recurrent_proj.share <= FACTORS_UP_TO_SHARE
+
     def can_run_over(self, inputs: torch.Tensor) -> bool:
         """Whether `over_sequence` may replace `forward` for inputs `(B, L, D)` that begin their sequences."""
-        if self.implementation != "auto" or reason_for_plain(inputs, self.recurrent_proj.weight):
+        if self.implementation != "auto" or self.rnn_type not in TORCH_RNNS:
             return False
-        device = inputs.device.type
-        is_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)  # not on "meta"
-        dtype = torch.get_autocast_dtype(device) if is_autocast else inputs.dtype
-        has_lstm = device != "cpu" or dtype in (torch.float32, torch.float64)  # some CPUs lack it in half precision
+        if reason_for_plain(inputs, next(self.recurrent_proj.parameters())):
+            return False
+        # some CPUs lack an LSTM in half precision
+        has_lstm = inputs.device.type != "cpu" or product_dtype(inputs) in (torch.float32, torch.float64)
         return has_lstm and inputs.shape[1] <= self.window
 
     def over_sequence(self, inputs: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -157,10 +204,11 @@ class RTransformerLocalRNN(nn.Module):
         self.index = index  # which of the block's LocalRNNs, and so which of the cache's windows
         self.window = config.local_window
         self.padded_with_zeros = config.local_padding == "zeros"
-        self.rnn = LocalRNN(config.hidden_size, config.local_window, config.local_rnn_type)
+        make_projection = partial(make_linear, config, "local_rnn", dense=GateProjection)
+        self.rnn = LocalRNN(config.hidden_size, config.local_window, config.local_rnn_type, make_projection)
         self.reverse_rnn = None
         if not config.is_causal:
-            self.reverse_rnn = LocalRNN(config.hidden_size, config.local_window, config.local_rnn_type)
+            self.reverse_rnn = LocalRNN(config.hidden_size, config.local_window, config.local_rnn_type, make_projection)
 
     def forward(
         self,

@@ -14,11 +14,13 @@ the same: local_rnn_c.py on a CPU, local_rnn_triton.py on a GPU.
 Source: Wang et al. 2019, "R-Transformer" (arXiv 1907.05572), section 3.1 and the published code.
 """
 
-# B batch, L length, D hidden size, K window, G gates: GRU 3 (reset, update, new), LSTM 4 (input, forget, cell, output),
-# tanh RNN 1. Gates are stacked in this order along the last dimension, as in torch.nn.GRU, LSTM and RNN.
+# B batch, L length, D hidden size, K window, G gates: GRU 3 (reset, update, new), LSTM and hard LSTM 4
+# (input, forget, cell, output), tanh RNN 1. Gates are stacked in this order along the last dimension, as in
+# torch.nn.GRU, LSTM and RNN.
 
 import functools
 import importlib.util
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,7 +31,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-NUM_GATES = {"gru": 3, "lstm": 4, "rnn": 1}
+NUM_GATES = {"gru": 3, "lstm": 4, "hard_lstm": 4, "rnn": 1}
+KERNEL_TYPES = ("gru", "lstm", "rnn")  # the RNNs of torch.nn, for which there are kernels
 
 
 def local_rnn_reference(
@@ -75,15 +78,23 @@ def gru_step(projected: torch.Tensor, recurrent: torch.Tensor, hidden: torch.Ten
     return new - update * new if hidden is None else torch.lerp(new, hidden, update)
 
 
+def hard_sigmoid(values: torch.Tensor) -> torch.Tensor:
+    """min(max(z / 5 + 1 / 2, 0), 1), the hard sigmoid of Theano and Keras; torch's own has a slope of 1 / 6."""
+    return (0.2 * values + 0.5).clamp(0, 1)
+
+
 def lstm_step(
-    projected: torch.Tensor, recurrent: torch.Tensor, cell: torch.Tensor | None
+    projected: torch.Tensor,
+    recurrent: torch.Tensor,
+    cell: torch.Tensor | None,
+    sigmoid: Callable[[torch.Tensor], torch.Tensor] = torch.sigmoid,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One LSTM step: `(hidden, cell)`, both `(..., D)`. `projected` and `recurrent` are `(..., 4 D)`."""
     input_gate, forget_gate, new, output_gate = (projected + recurrent).chunk(4, dim=-1)
-    new_cell = torch.sigmoid(input_gate) * torch.tanh(new)
+    new_cell = sigmoid(input_gate) * torch.tanh(new)
     if cell is not None:
-        new_cell = torch.addcmul(new_cell, torch.sigmoid(forget_gate), cell)
-    return torch.sigmoid(output_gate) * torch.tanh(new_cell), new_cell
+        new_cell = torch.addcmul(new_cell, sigmoid(forget_gate), cell)
+    return sigmoid(output_gate) * torch.tanh(new_cell), new_cell
 
 
 def local_rnn_plain(
@@ -94,8 +105,14 @@ def local_rnn_plain(
     segment_ids: torch.Tensor | None,
     rnn_type: str,
     window: int,
+    recurrent_proj: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """The K steps of all windows at once in plain PyTorch, on any device and in any dtype; arguments of `local_rnn`."""
+    """
+    The K steps of all windows at once in plain PyTorch, on any device and in any dtype; arguments of `local_rnn`. With
+    `recurrent_proj`, which computes W_h h + b_h, `weight` is not read.
+    """
+    if recurrent_proj is None:
+        recurrent_proj = functools.partial(F.linear, weight=weight, bias=bias)
     length = projected.shape[1] - window + 1
     if segment_ids is not None:
         neighbours = F.pad(segment_ids, (window - 1, 0), value=-1)  # (B, K - 1 + L)
@@ -105,11 +122,13 @@ def local_rnn_plain(
         if segment_ids is not None and step < window - 1:
             same = neighbours[:, step : step + length] == segment_ids
             inputs = torch.where(same[..., None], inputs, zero_input)
-        recurrent = bias if hidden is None else F.linear(hidden, weight, bias)
+        recurrent = bias if hidden is None else recurrent_proj(hidden)
         if rnn_type == "gru":
             hidden = gru_step(inputs, recurrent, hidden)
         elif rnn_type == "lstm":
             hidden, cell = lstm_step(inputs, recurrent, cell)
+        elif rnn_type == "hard_lstm":
+            hidden, cell = lstm_step(inputs, recurrent, cell, hard_sigmoid)
         else:
             hidden = torch.tanh(inputs + recurrent)
     return hidden
@@ -228,7 +247,7 @@ def local_rnn(
     Args:
         projected (`(B, K - 1 + L, G D)`): W_x x + b_x of the K - 1 inputs before the sequence and of the L inputs.
         recurrent_weight (`(G D, D)`), recurrent_bias (`(G D)`): W_h and b_h.
-        rnn_type: `"gru"`, `"lstm"` or `"rnn"`.
+        rnn_type: `"gru"`, `"lstm"`, `"hard_lstm"` or `"rnn"`.
         segment_ids (`(B, L)`, integer, *optional*): windows do not reach into another segment.
         zero_input (`(G D)`):
             what stands for inputs of other segments, needed with `segment_ids`: the projection of a zero input, or
@@ -245,12 +264,16 @@ def local_rnn(
     recurrent_bias = recurrent_bias.to(projected.dtype)
     if window == 1:  # W_h has no effect, but a gradient of zero, which data-parallel training waits for
         recurrent_bias = F.linear(torch.zeros_like(recurrent_weight[0]), recurrent_weight, recurrent_bias)
-    if implementation == "auto":
+    if implementation == "auto" and rnn_type not in KERNEL_TYPES:
+        choice = Choice("plain", f"no kernel is made for {rnn_type!r}")
+    elif implementation == "auto":
         choice = best_implementation(projected, recurrent_weight, window, packed=segment_ids is not None)
     elif implementation in LOGGED_NAMES:
         choice = Choice(implementation, "`implementation` names it")
     else:
         raise ValueError(f"`implementation` is {implementation!r}, not 'auto' or one of {', '.join(LOGGED_NAMES)}")
+    if choice.name != "plain" and rnn_type not in KERNEL_TYPES:
+        raise ValueError(f"`implementation` must be 'plain' or 'auto' for {rnn_type!r}, got {choice.name!r}")
     log_once(LOGGED_NAMES[choice.name], choice.reason, choice.warn)
     arguments = projected, recurrent_weight, recurrent_bias, zero_input, segment_ids, rnn_type, window
     if choice.name == "plain":

@@ -60,6 +60,7 @@ from .positions import (
     sinusoidal_positions,
 )
 from .relative_positions import RelativeEmbedding
+from .structured_linear import refuse_structure
 
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", *CACHE_NAMES, "inputs_embeds", "input_values", "labels")
@@ -85,6 +86,7 @@ class RTransformerPreTrainedModel(PreTrainedModel):
     def __init__(self, config: RTransformerConfig, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)
         refuse_foreign_attention(config)
+        refuse_structure(config)
         distributed = getattr(config, "distributed_config", None)
         tp_size = getattr(distributed, "tp_size", None) or 1
         if config.num_attention_heads % tp_size:
@@ -114,6 +116,7 @@ class RTransformerPreTrainedModel(PreTrainedModel):
         |---|---|
         | embeddings, projections, heads: weight | normal(0, `initializer_range`); the padding embedding zero |
         | projections, heads: bias | 0 |
+        | structured factors | such that the product has the dense standard deviation (structured_linear.py) |
         | LayerNorm weight, bias | 1, 0 |
         | relative positions: u, v, W_r; the table of T5 | normal(0, `initializer_range`) |
         | factor of the scores with `normalize_keys` | 1 |

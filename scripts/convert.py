@@ -1,12 +1,15 @@
 """
-Convert a checkpoint of the original R-Transformer code, or a recurrent network, into a model that `from_pretrained`
-loads.
+Convert a checkpoint of other code, a recurrent network, or the linear layers of a saved model, into a model that
+`from_pretrained` loads.
 
     python -m scripts.convert original-checkpoint model.pt converted/ --num-attention-heads 8 --local-window 7
     python -m scripts.convert rnn rnn.safetensors converted/ --nonlinearity none
     python -m scripts.convert rnn rnn.safetensors converted/ --inputs inputs.safetensors
     python -m scripts.convert transformer-xl model.pt converted/ --set memory_length=512 --set norm_position=post
     python -m scripts.convert block-recurrent model.safetensors converted/ --set block_length=64 --set memory_length=64
+    python -m scripts.convert butterfly-checkpoint model.pt converted/ --num-attention-heads 8 --local-window 7
+    python -m scripts.convert monarch runs/stdlib-code/final converted/ --linear-blocks 8
+    python -m scripts.convert fold runs/stdlib-code/final converted/
 
 Each sub-command has its own --help. The last line of stdout is one JSON object with the result.
 """
@@ -15,7 +18,16 @@ import argparse
 import json
 from pathlib import Path
 
-from scripts.conversion import block_recurrent, original_checkpoint, rnn_to_rsa, transformer_xl
+from modeling_rtransformer.configuration_rtransformer import LINEAR_PARTS
+from scripts.conversion import (
+    block_recurrent,
+    butterfly_checkpoint,
+    dense_to_monarch,
+    fold_structure,
+    original_checkpoint,
+    rnn_to_rsa,
+    transformer_xl,
+)
 
 
 COMMANDS = {
@@ -23,6 +35,9 @@ COMMANDS = {
     "rnn": rnn_to_rsa,
     "transformer-xl": transformer_xl,
     "block-recurrent": block_recurrent,
+    "butterfly-checkpoint": butterfly_checkpoint,
+    "monarch": dense_to_monarch,
+    "fold": fold_structure,
 }
 
 
@@ -33,13 +48,22 @@ def main(arguments: list[str] | None = None) -> dict:
     parsers = {}
     for name, module in COMMANDS.items():
         command = commands.add_parser(name, description=module.__doc__, formatter_class=parser.formatter_class)
-        command.add_argument("checkpoint", type=Path, help="its state dict, .safetensors or .pt")
+        command.add_argument(
+            "checkpoint", type=Path, help="its state dict, .safetensors or .pt; of `monarch` and `fold` a folder"
+        )
         command.add_argument("output_dir", type=Path, help="folder for the model, new or empty")
         parsers[name] = command
-    original, rnn, *remembering = parsers.values()
-    original.add_argument("--task", choices=original_checkpoint.TASKS, help="inferred, except for piano rolls")
-    original.add_argument("--num-attention-heads", type=int, required=True, help="heads (`h` in the original)")
-    original.add_argument("--local-window", type=int, required=True, help="window (`ksize` in the original)")
+    for published in (parsers["original-checkpoint"], parsers["butterfly-checkpoint"]):
+        published.add_argument("--task", choices=original_checkpoint.TASKS, help="inferred, except for piano rolls")
+        published.add_argument("--num-attention-heads", type=int, required=True, help="heads (`h` in the original)")
+        published.add_argument("--local-window", type=int, required=True, help="window (`ksize` in the original)")
+    monarch = parsers["monarch"]
+    monarch.add_argument("--linear-blocks", type=int, required=True, help="blocks of a factor")
+    monarch.add_argument(
+        "--linear-structure-in", nargs="+", choices=LINEAR_PARTS, help="parts of a block; all if left out"
+    )
+    rnn = parsers["rnn"]
+    remembering = [parsers["transformer-xl"], parsers["block-recurrent"]]
     rnn.add_argument("--nonlinearity", choices=("tanh", "none"), default="tanh")
     rnn.add_argument("--inputs", type=Path, help="safetensors file with `inputs`, to fit a tanh RNN's linear part on")
     rnn.add_argument("--perturbation", type=float, default=0.0, help="relative noise on the matrix; approximate")

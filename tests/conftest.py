@@ -32,6 +32,7 @@ VARIANTS = {
     "rsa": {"num_local_rnns": 0, **RSA},
     "rsa-one-layer-gate-a-head": {"num_local_rnns": 0, **RSA, "rem_gate": "head", "rem_layers": [1]},
     "gru-and-rsa": RSA,
+    "hard-lstm-monarch": {"local_rnn_type": "hard_lstm", "linear_structure": "monarch"},
     "plain-sinusoidal": {"num_local_rnns": 0, "position_embedding": "sinusoidal"},
     # without a last norm the initial range of the others makes the outputs, and rounding with them, four times as large
     "original-norm": {"layer_norm_type": "original", "final_norm": False, "initializer_range": 0.2},

@@ -13,7 +13,10 @@ from modeling_rtransformer import RTransformerConfig, rem_heads
         ({"hidden_size": 30, "num_attention_heads": 4}, r"`hidden_size` must be divisible .* \(4\), got 30"),
         ({"local_window": 0}, "`local_window` must be at least 1, got 0"),
         ({"num_local_rnns": -1}, "`num_local_rnns` must be at least 0, got -1"),
-        ({"local_rnn_type": "gruu"}, "`local_rnn_type` must be one of gru, lstm, rnn, got 'gruu'; did you mean `gru`"),
+        (
+            {"local_rnn_type": "gruu"},
+            "`local_rnn_type` must be one of gru, lstm, rnn, hard_lstm, got 'gruu'; did you mean `gru`",
+        ),
         (
             {"rem_kinds": ["regular"] * 7 + ["cyclic"]},
             r"`rem_kinds\[7\]` must be one of none, regular, .* got 'cyclic'",

@@ -350,3 +350,31 @@ def test_a_wrapped_projection_has_its_effect_and_its_gradient(name):
     [gradient] = gradients(local_rnn(padded), adapter.delta)
     [expected] = gradients(merged(padded), getattr(merged, name).weight)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("padding", ["zeros", "none"])
+def test_a_hard_lstm_is_an_lstm_with_hard_sigmoids(padding):
+    made = LocalRNN(6, 4, "hard_lstm").double()
+    inputs = torch.randn(2, 3 + 8, 6, dtype=torch.float64) * 3  # large enough to reach the flat parts
+    in_sequence = torch.arange(11).expand(2, -1) >= 3 if padding == "none" else None
+    outputs = made(inputs, in_sequence=in_sequence)
+    for position in range(8):
+        hidden = cell = torch.zeros(2, 6, dtype=torch.float64)
+        first = max(position, 3) if padding == "none" else position
+        for step in range(first, position + 4):
+            gates = made.input_proj(inputs[:, step]) + made.recurrent_proj(hidden)
+            i, f, g, o = gates.chunk(4, dim=-1)
+            i, f, o = (torch.clamp(0.2 * gate + 0.5, 0, 1) for gate in (i, f, o))
+            cell = f * cell + i * g.tanh()
+            hidden = o * cell.tanh()
+        torch.testing.assert_close(outputs[:, position], hidden)
+
+
+@pytest.mark.parametrize("implementation", ["c", "triton"])
+def test_a_hard_lstm_has_no_kernels(implementation):
+    made = LocalRNN(6, 4, "hard_lstm")
+    made.implementation = implementation
+    with pytest.raises(
+        ValueError, match=f"`implementation` must be 'plain' or 'auto' for 'hard_lstm', got '{implementation}'"
+    ):
+        made(torch.randn(1, 9, 6))

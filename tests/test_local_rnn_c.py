@@ -8,7 +8,7 @@ import torch
 
 from modeling_rtransformer import compiled_c, local_rnn_c, local_rnn_steps
 from modeling_rtransformer.local_rnn import LocalRNN
-from modeling_rtransformer.local_rnn_steps import NUM_GATES
+from modeling_rtransformer.local_rnn_steps import KERNEL_TYPES
 
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc")
@@ -39,7 +39,7 @@ def in_c(rnn_type, hidden=6, window=4):
 
 
 @needs_gcc
-@pytest.mark.parametrize("rnn_type", NUM_GATES)
+@pytest.mark.parametrize("rnn_type", KERNEL_TYPES)
 def test_what_is_not_a_number_reaches_the_windows_that_hold_it_and_no_other(rnn_type):
     inputs = torch.randn(2, 23, 6)
     inputs[1, 9, 2] = torch.nan
@@ -48,7 +48,7 @@ def test_what_is_not_a_number_reaches_the_windows_that_hold_it_and_no_other(rnn_
 
 
 @needs_gcc
-@pytest.mark.parametrize("rnn_type", NUM_GATES)
+@pytest.mark.parametrize("rnn_type", KERNEL_TYPES)
 def test_gates_that_are_shut_or_open_wide_are_as_the_plain_ones(rnn_type):
     """Sums from below exp's range to above it, also without end."""
     made = in_c(rnn_type, hidden=17)
@@ -68,7 +68,7 @@ def results(made, inputs):
 
 
 @needs_gcc
-@pytest.mark.parametrize("rnn_type", NUM_GATES)
+@pytest.mark.parametrize("rnn_type", KERNEL_TYPES)
 @pytest.mark.parametrize(("hidden", "window"), [(64, 4), (8, 90)])
 def test_the_number_of_threads_changes_nothing(rnn_type, hidden, window):
     """Also where blocks share more inputs than they have positions."""
@@ -86,7 +86,7 @@ def test_the_number_of_threads_changes_nothing(rnn_type, hidden, window):
 
 
 @needs_gcc
-@pytest.mark.parametrize("rnn_type", NUM_GATES)
+@pytest.mark.parametrize("rnn_type", KERNEL_TYPES)
 @pytest.mark.parametrize("hidden", [6, 40, 88, 136])
 def test_a_position_is_the_same_to_the_last_bit_whatever_is_beside_it(rnn_type, hidden):
     """In any batch, at any place of a block, with and without what a backward pass needs."""

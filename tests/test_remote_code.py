@@ -51,6 +51,7 @@ CHECKPOINTS = [
     (FeedbackTransformerModel, FeedbackTransformerConfig(**SMALL, num_input_features=3)),
     (TemporalLatentBottleneckForSequenceClassification, TemporalLatentBottleneckConfig(**SMALL, chunk_length=4)),
     (TemporalLatentBottleneckModel, TemporalLatentBottleneckConfig(**SMALL, num_input_features=3)),
+    (RTransformerModel, tiny_config(is_causal=False, linear_structure="monarch")),
 ]
 
 

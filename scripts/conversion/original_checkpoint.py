@@ -80,6 +80,26 @@ def read_state_dict(path: Path) -> dict[str, torch.Tensor]:
     return {re.sub(r"^(state_dict\.|module\.)+", "", name): value for name, value in state.items()}
 
 
+def head_fields(state: dict[str, torch.Tensor], task: str) -> dict:
+    """The fields of the configuration that follow from the embedding and the head."""
+    head = "decoder" if task == "causal-lm" else "linear"
+    if f"{head}.weight" not in state:
+        raise ValueError(
+            f"`{head}.weight` is missing, which a {task} checkpoint has; is it of another task "
+            f"({', '.join(other for other in TASKS if other != task)})?"
+        )
+    fields = {"lm_head_bias": True}
+    if task == "causal-lm":
+        fields["vocab_size"] = state["encoder.weight"].shape[0]
+        fields["tie_word_embeddings"] = torch.equal(state["encoder.weight"], state["decoder.weight"])
+    else:
+        fields["num_input_features"] = state["encoder.weight"].shape[1]
+        fields["num_labels"] = state["linear.weight"].shape[0]
+    if task == "token-classification":
+        fields["problem_type"] = "multi_label_classification"
+    return fields
+
+
 def infer_config(state: dict[str, torch.Tensor], task: str, **given) -> RTransformerConfig:
     """The configuration, inferred from the shapes of the original parameters; `given` fields are taken as they are."""
     blocks = {int(m[1]) for name in state if (m := re.match(r"rt\.forward_net\.(\d+)\.", name))}
@@ -91,12 +111,6 @@ def infer_config(state: dict[str, torch.Tensor], task: str, **given) -> RTransfo
     rnns = {int(m[1]) for name in state if (m := re.match(r"rt\.forward_net\.0\.layers\.(\d+)\.", name))}
     gates_and_width = state["rt.forward_net.0.layers.0.local_rnn.rnn.weight_hh_l0"].shape
     hidden_size = gates_and_width[1]
-    head = "decoder" if task == "causal-lm" else "linear"
-    if f"{head}.weight" not in state:
-        raise ValueError(
-            f"`{head}.weight` is missing, which a {task} checkpoint has; is it of another task "
-            f"({', '.join(other for other in TASKS if other != task)})?"
-        )
     fields = {
         "hidden_size": hidden_size,
         "intermediate_size": state["rt.forward_net.0.feed_forward.w_1.weight"].shape[0],
@@ -107,16 +121,8 @@ def infer_config(state: dict[str, torch.Tensor], task: str, **given) -> RTransfo
         "final_norm": False,
         "layer_norm_type": "original",
         "layer_norm_eps": 1e-6,
-        "lm_head_bias": True,
+        **head_fields(state, task),
     }
-    if task == "causal-lm":
-        fields["vocab_size"] = state["encoder.weight"].shape[0]
-        fields["tie_word_embeddings"] = torch.equal(state["encoder.weight"], state["decoder.weight"])
-    else:
-        fields["num_input_features"] = state["encoder.weight"].shape[1]
-        fields["num_labels"] = state["linear.weight"].shape[0]
-    if task == "token-classification":
-        fields["problem_type"] = "multi_label_classification"
     return RTransformerConfig(**{**fields, **given})
 
 

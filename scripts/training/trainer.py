@@ -86,6 +86,10 @@ class RecipeTrainer(Trainer):
     def get_test_dataloader(self, test_dataset) -> DataLoader:
         return super().get_test_dataloader(self._lay_out(test_dataset, self.args.eval_batch_size))
 
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Those of `Trainer` without the factors of butterflies, to which their authors apply no weight decay."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("twiddle")]
+
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches = map(self._without_repeats, epoch_iterator) if self._repeats_rows() else epoch_iterator
         return super().get_batch_samples(batches, num_batches, device)
