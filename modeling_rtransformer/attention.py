@@ -5,6 +5,8 @@ Multi-head attention whose heads are plain or, with a Recurrence Encoding Matrix
     plain head   softmax(Q K' / sqrt(d) + mask) V
     RSA head     [(1 - gate) * softmax(Q K' / sqrt(d) + mask) + gate * P] V
 
+With `attentive_steps` the keys and values of the first block also feed the steps of attentive_recurrence.py.
+
 Sources: Vaswani et al. 2017, "Attention Is All You Need", section 3.2; Huang et al. 2023, "Encoding Recurrence into
 Transformers" (ICLR 2023), section 3.
 """
@@ -12,6 +14,7 @@ Transformers" (ICLR 2023), section 3.
 # B batch, T positions of this call, L positions with the past, D hidden size, H heads, d head size
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,6 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .attentive_recurrence import AttentiveFusion, AttentiveRecurrence
 from .configuration_rtransformer import RTransformerConfig
 from .engines import PagedAttentionCache, paged_distances, paged_update
 from .head_shard import HeadShard
@@ -63,6 +67,11 @@ class RTransformerAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.recurrence = self.make_recurrence(config, layer_idx)
+        self.attentive_recurrence = self.attentive_fusion = None
+        if config.attentive_steps and layer_idx == 0:
+            self.attentive_recurrence = AttentiveRecurrence(config)
+        if layer_idx in config.layers_with_attentive_states:
+            self.attentive_fusion = AttentiveFusion(config)
 
     @staticmethod
     def make_recurrence(config: RTransformerConfig, layer_idx: int) -> nn.Module | None:
@@ -80,10 +89,11 @@ class RTransformerAttention(nn.Module):
         sequence: SequenceInfo,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, ...]:
         """
         Returns the output `(B, T, D)` and, from an implementation that has them, the weights `(B, H, T, L)` that
-        multiply the values: for an RSA head gate, softmax and REM together.
+        multiply the values: for an RSA head gate, softmax and REM together. The first block returns a third item, the
+        attentive states `(B, T, D)`, in a model that has them.
         """
         input_shape = hidden_states.shape[:-1]
         query, key, value = (
@@ -110,17 +120,18 @@ class RTransformerAttention(nn.Module):
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
-        output, weights = attention_interface(
+        attend = partial(
+            attention_interface,
             self,
-            query,
-            key,
-            value_states,
-            sequence.attention_mask,
+            key=key,
+            value=value_states,
+            attention_mask=sequence.attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             position_ids=sequence.position_ids,
             **kwargs,
-        )  # (B, T, H, d), (B, H, T, L) or None
+        )
+        output, weights = attend(query)  # (B, T, H, d), (B, H, T, L) or None
         if self.recurrence is not None:
             shard = HeadShard.of(self.v_proj.weight, value.shape[1], self.config.num_attention_heads)
             if weights is not None:  # the definition, from the matrix
@@ -129,4 +140,10 @@ class RTransformerAttention(nn.Module):
             else:  # without a past the queries are all keys, although a static cache returns room for more
                 values = value if positions is None else value_states
                 output = self.recurrence(output, values, positions, sequence.segment_ids, shard)
-        return self.o_proj(output.reshape(*input_shape, -1)), weights
+        output = self.o_proj(output.reshape(*input_shape, -1))
+        states = sequence.attentive_states
+        if self.attentive_recurrence is not None:
+            states = self.attentive_recurrence(hidden_states, lambda query: attend(query)[0])
+        if self.attentive_fusion is not None:
+            output = self.attentive_fusion(output, states)
+        return (output, weights) if self.attentive_recurrence is None else (output, weights, states)

@@ -11,6 +11,8 @@ from transformers.activations import ACT2FN
 
 LOCAL_RNN_TYPES = ("gru", "lstm", "rnn")
 LOCAL_PADDINGS = ("zeros", "none")
+ATTENTIVE_STARTS = ("input", "zero")
+ATTENTIVE_FUSIONS = ("gated_sum", "add")
 REM_KINDS = ("none", "regular", "first_cyclical", "second_cyclical")
 REM_GATES = ("layer", "head")
 POSITION_EMBEDDINGS = ("none", "sinusoidal")
@@ -145,6 +147,17 @@ class RTransformerConfig(PreTrainedConfig):
             Dilation m of the REMs: one value for all heads, or one entry a head (plain heads' entries are not used).
         rem_gate (`str`, defaults to `"layer"`): one gate a `"layer"` (the paper) or one a `"head"`.
         rem_layers (`list[int]`, *optional*): indices of the blocks that have REM heads; None for all.
+        attentive_steps (`int`, defaults to 0):
+            Steps S of the Attentive Recurrent Network, an RNN at each position whose inputs are chosen by attention;
+            0 for none. It reads the keys and values of the first block.
+        attentive_rnn_type (`str`, defaults to `"gru"`): its cell, `"gru"`, `"lstm"` or `"rnn"` (tanh).
+        attentive_start (`str`, defaults to `"input"`): its first state, the position's `"input"` or `"zero"`.
+        attentive_layers (`list[int]`, *optional*):
+            Indices of the blocks that read its last state, negative ones from the end; None for the last block alone,
+            the paper's short-cut.
+        attentive_fusion (`str`, defaults to `"gated_sum"`):
+            How such a block joins the state b with its attention's output a: `"gated_sum"`, g a + (1 - g) b with a
+            learned gate g, or `"add"`, a + b.
         position_embedding (`str`, defaults to `"none"`):
             `"sinusoidal"` adds the sinusoids of Vaswani et al. 2017 (section 3.5) to the scaled embeddings, `"none"`
             leaves the order to the LocalRNN and the REMs.
@@ -210,6 +223,11 @@ class RTransformerConfig(PreTrainedConfig):
     rem_dilations: int | list[int] = 1
     rem_gate: str = "layer"
     rem_layers: list[int] | None = None
+    attentive_steps: int = 0
+    attentive_rnn_type: str = "gru"
+    attentive_start: str = "input"
+    attentive_layers: list[int] | None = None
+    attentive_fusion: str = "gated_sum"
     position_embedding: str = "none"
     final_norm: bool = True
     layer_norm_type: str = "standard"
@@ -282,6 +300,7 @@ class RTransformerConfig(PreTrainedConfig):
         if self.num_input_features is not None:
             self._require(self.num_input_features >= 1, "num_input_features", "at least 1, or None for token ids")
         self._validate_rem()
+        self._validate_attentive()
 
     def _validate_rem(self) -> None:
         heads = self.num_attention_heads
@@ -305,6 +324,21 @@ class RTransformerConfig(PreTrainedConfig):
                 f"indices of the {self.num_hidden_layers} blocks, from 0 to {self.num_hidden_layers - 1}",
             )
 
+    def _validate_attentive(self) -> None:
+        self._require(self.attentive_steps >= 0, "attentive_steps", "at least 1, or 0 for none")
+        self._require_name("attentive_rnn_type", LOCAL_RNN_TYPES)
+        self._require_name("attentive_start", ATTENTIVE_STARTS)
+        self._require_name("attentive_fusion", ATTENTIVE_FUSIONS)
+        if self.attentive_layers is None:
+            return
+        layers, count = self.attentive_layers, self.num_hidden_layers
+        self._require(self.attentive_steps >= 1, "attentive_steps", "at least 1 with `attentive_layers`")
+        self._require(
+            len(layers) > 0 and all(-count <= layer < count for layer in layers),
+            "attentive_layers",
+            f"None or indices of the {count} blocks, from {-count} to {count - 1}, at least one",
+        )
+
     def _require(self, holds: bool, name: str, requirement: str) -> None:
         if not holds:
             raise ValueError(f"`{name}` must be {requirement}, got {getattr(self, name)}")
@@ -322,6 +356,12 @@ class RTransformerConfig(PreTrainedConfig):
         if isinstance(dilations, int):
             dilations = [dilations] * self.num_attention_heads
         return [(h, kind, m) for h, (kind, m) in enumerate(zip(self.rem_kinds, dilations)) if kind != "none"]
+
+    @property
+    def layers_with_attentive_states(self) -> set[int]:
+        """Indices of the blocks that read the attentive states; none without `attentive_steps`."""
+        layers = [-1] if self.attentive_layers is None else self.attentive_layers
+        return {layer % self.num_hidden_layers for layer in layers} if self.attentive_steps else set()
 
     def layer_mixers(self, layer_idx: int) -> dict[str, int]:
         """The mixers of the block `layer_idx` in the order in which they run: how many of each, by name in `MIXERS`."""

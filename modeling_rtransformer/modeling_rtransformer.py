@@ -86,6 +86,11 @@ class RTransformerPreTrainedModel(PreTrainedModel):
                 f"`num_attention_heads` must be divisible by `tp_size` ({tp_size}), since a process has whole heads, "
                 f"got {config.num_attention_heads}"
             )
+        if config.attentive_steps and tp_size > 1:
+            raise ValueError(
+                f"`attentive_steps` must be 0 with `tp_size` {tp_size}, since its attention has all heads in one "
+                f"process, got {config.attentive_steps}"
+            )
         if config.num_input_features is not None:
             self.main_input_name = "input_values"
             self._input_embed_layer = "embed_values"  # for get_input_embeddings, which FSDP2 and PEFT ask
@@ -101,7 +106,8 @@ class RTransformerPreTrainedModel(PreTrainedModel):
         | embeddings, projections, heads: weight | normal(0, `initializer_range`); the padding embedding zero |
         | projections, heads: bias | 0 |
         | LayerNorm weight, bias | 1, 0 |
-        | LocalRNN weights and biases | uniform(-1 / sqrt(D), 1 / sqrt(D)), as in torch.nn |
+        | LocalRNN and attentive cell: weights and biases | uniform(-1 / sqrt(D), 1 / sqrt(D)), as in torch.nn |
+        | attentive gate: bias | 1 |
         | REM eta (regular) | uniform on [-2, -1] u [1, 2] |
         | REM nu (cyclical) | uniform on [1, 2] |
         | REM theta (cyclical) | pi / 4 |
@@ -348,7 +354,10 @@ class RTransformerModel(RTransformerPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = layer(hidden_states, sequence, **named_cache(cache), **kwargs)
+            outputs = layer(hidden_states, sequence, **named_cache(cache), **kwargs)
+            hidden_states, *attentive_states = outputs if isinstance(outputs, tuple) else (outputs,)
+            if attentive_states:  # of the first block
+                sequence = sequence._replace(attentive_states=attentive_states[0])
         return hidden_states
 
 

@@ -22,12 +22,14 @@ class SequenceInfo(NamedTuple):
         padding_mask (`(B, T)`): 0 where padded; None where nothing is.
         segment_ids (`(B, T)`): equal ids mark the positions of one packed sequence; None where rows are not packed.
         position_ids (`(B or 1, T)`): the place of each position in its sequence.
+        attentive_states (`(B, T, D)`): from the first block, for others (attentive_recurrence.py), or None.
     """
 
     attention_mask: torch.Tensor | None = None
     padding_mask: torch.Tensor | None = None
     segment_ids: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
+    attentive_states: torch.Tensor | None = None
 
 
 def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:

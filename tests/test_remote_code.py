@@ -35,6 +35,7 @@ print(json.dumps(found))
 """
 HEADS = [RTransformerModel, RTransformerForCausalLM, RTransformerForSequenceClassification]
 FORECASTERS = [RTransformerForecasterModel, RTransformerForTimeSeriesPrediction]
+ATTENTIVE = {"attentive_steps": 2, "attentive_layers": [0, -1]}
 CHECKPOINTS = [
     *[(head, {}) for head in HEADS],
     *[(head, {"num_input_features": 3}) for head in HEADS],
@@ -50,7 +51,7 @@ def elsewhere(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    RTransformerForCausalLM(tiny_config()).save_pretrained(folder / "causal")
+    RTransformerForCausalLM(tiny_config(**ATTENTIVE)).save_pretrained(folder / "causal")
     wanted = {str(folder / "causal"): ["AutoModelForCausalLM", "AutoModel"]}
     for number, (saved, fields) in enumerate(CHECKPOINTS):
         config = tiny_config(is_causal=False, **fields)
@@ -67,7 +68,7 @@ def elsewhere(tmp_path_factory):
 
 def test_it_loads_without_the_package_and_gives_the_same(elsewhere):
     torch.manual_seed(0)
-    model = RTransformerForCausalLM(tiny_config()).eval()  # the one that was saved
+    model = RTransformerForCausalLM(tiny_config(**ATTENTIVE)).eval()  # the one that was saved
     for auto_class, ours in (("AutoModelForCausalLM", model), ("AutoModel", model.model)):
         found = elsewhere["causal"][auto_class]
         assert found["module"].startswith("transformers_modules.")
