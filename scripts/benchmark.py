@@ -1,5 +1,5 @@
 """
-Measure the speed and memory of the LocalRNN, the REM and whole models, each as a ratio to a reference in the same run.
+Measure the speed and memory of the LocalRNN, the REM, whole models and RNMT+'s LSTM, each as a ratio to a reference.
 
     python -m scripts.benchmark                             # everything, on the GPU if there is one
     python -m scripts.benchmark --only "LocalRNN gru"       # the rows whose name contains this text
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.benchmarks import adapters, attention, local_rnn, models
+from scripts.benchmarks import adapters, attention, layer_norm_lstm, local_rnn, models
 from scripts.benchmarks.measuring import Case, measure
 from scripts.results.json_lines import append_line, read_lines
 from scripts.results.provenance import provenance
@@ -37,7 +37,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def all_cases(device_type: str, only: str = "") -> list[Case]:
-    found = [case for module in (local_rnn, attention, models, adapters) for case in module.cases(device_type)]
+    modules = local_rnn, attention, models, adapters, layer_norm_lstm
+    found = [case for module in modules for case in module.cases(device_type)]
     chosen = [case for case in found if only in case.key]
     if not chosen:
         names = "\n  ".join(case.key for case in found)
