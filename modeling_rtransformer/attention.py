@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
-from .attentive_recurrence import AttentiveFusion, AttentiveRecurrence
+from .attentive_recurrence import AttentiveFusion, AttentiveRecurrence, AttentiveSlots
 from .configuration_rtransformer import RTransformerConfig
 from .engines import PagedAttentionCache, paged_distances, paged_update
 from .head_shard import HeadShard
@@ -69,7 +69,8 @@ class RTransformerAttention(nn.Module):
         self.recurrence = self.make_recurrence(config, layer_idx)
         self.attentive_recurrence = self.attentive_fusion = None
         if config.attentive_steps and layer_idx == 0:
-            self.attentive_recurrence = AttentiveRecurrence(config)
+            made_by = AttentiveSlots if config.attentive_form == "slots" else AttentiveRecurrence
+            self.attentive_recurrence = made_by(config)
         if layer_idx in config.layers_with_attentive_states:
             self.attentive_fusion = AttentiveFusion(config)
 
@@ -93,7 +94,7 @@ class RTransformerAttention(nn.Module):
         """
         Returns the output `(B, T, D)` and, from an implementation that has them, the weights `(B, H, T, L)` that
         multiply the values: for an RSA head gate, softmax and REM together. The first block returns a third item, the
-        attentive states `(B, T, D)`, in a model that has them.
+        attentive states `(B, T or S, D)`, in a model that has them.
         """
         input_shape = hidden_states.shape[:-1]
         query, key, value = (
@@ -125,13 +126,12 @@ class RTransformerAttention(nn.Module):
             self,
             key=key,
             value=value_states,
-            attention_mask=sequence.attention_mask,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             position_ids=sequence.position_ids,
             **kwargs,
         )
-        output, weights = attend(query)  # (B, T, H, d), (B, H, T, L) or None
+        output, weights = attend(query, attention_mask=sequence.attention_mask)  # (B, T, H, d), (B, H, T, L) or None
         if self.recurrence is not None:
             shard = HeadShard.of(self.v_proj.weight, value.shape[1], self.config.num_attention_heads)
             if weights is not None:  # the definition, from the matrix
@@ -143,7 +143,8 @@ class RTransformerAttention(nn.Module):
         output = self.o_proj(output.reshape(*input_shape, -1))
         states = sequence.attentive_states
         if self.attentive_recurrence is not None:
-            states = self.attentive_recurrence(hidden_states, lambda query: attend(query)[0])
+            mask = self.attentive_recurrence.mask(sequence.attention_mask)
+            states = self.attentive_recurrence(hidden_states, lambda query: attend(query, attention_mask=mask)[0])
         if self.attentive_fusion is not None:
-            output = self.attentive_fusion(output, states)
+            output = self.attentive_fusion(output, states, hidden_states)
         return (output, weights) if self.attentive_recurrence is None else (output, weights, states)

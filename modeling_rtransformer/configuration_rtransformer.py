@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 
 LOCAL_RNN_TYPES = ("gru", "lstm", "rnn")
 LOCAL_PADDINGS = ("zeros", "none")
+ATTENTIVE_FORMS = ("positions", "slots")
 ATTENTIVE_STARTS = ("input", "zero")
 ATTENTIVE_FUSIONS = ("gated_sum", "add")
 REM_KINDS = ("none", "regular", "first_cyclical", "second_cyclical")
@@ -151,6 +152,9 @@ class RTransformerConfig(PreTrainedConfig):
             Steps S of the Attentive Recurrent Network, an RNN at each position whose inputs are chosen by attention;
             0 for none. It reads the keys and values of the first block.
         attentive_rnn_type (`str`, defaults to `"gru"`): its cell, `"gru"`, `"lstm"` or `"rnn"` (tanh).
+        attentive_form (`str`, defaults to `"positions"`):
+            `"positions"`: a state for each position. `"slots"`: the states of all steps, for a whole sequence and in
+            two directions, to which the chosen blocks attend; it needs `is_causal=False`, `attentive_start="zero"`.
         attentive_start (`str`, defaults to `"input"`): its first state, the position's `"input"` or `"zero"`.
         attentive_layers (`list[int]`, *optional*):
             Indices of the blocks that read its last state, negative ones from the end; None for the last block alone,
@@ -225,6 +229,7 @@ class RTransformerConfig(PreTrainedConfig):
     rem_layers: list[int] | None = None
     attentive_steps: int = 0
     attentive_rnn_type: str = "gru"
+    attentive_form: str = "positions"
     attentive_start: str = "input"
     attentive_layers: list[int] | None = None
     attentive_fusion: str = "gated_sum"
@@ -327,8 +332,13 @@ class RTransformerConfig(PreTrainedConfig):
     def _validate_attentive(self) -> None:
         self._require(self.attentive_steps >= 0, "attentive_steps", "at least 1, or 0 for none")
         self._require_name("attentive_rnn_type", LOCAL_RNN_TYPES)
+        self._require_name("attentive_form", ATTENTIVE_FORMS)
         self._require_name("attentive_start", ATTENTIVE_STARTS)
         self._require_name("attentive_fusion", ATTENTIVE_FUSIONS)
+        if self.attentive_form == "slots":
+            self._require(self.attentive_steps >= 1, "attentive_steps", "at least 1 with `attentive_form` 'slots'")
+            self._require(not self.is_causal, "is_causal", "False with `attentive_form` 'slots'")
+            self._require(self.attentive_start == "zero", "attentive_start", "'zero' with `attentive_form` 'slots'")
         if self.attentive_layers is None:
             return
         layers, count = self.attentive_layers, self.num_hidden_layers

@@ -29,6 +29,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import RTransformerAttention
+from .attentive_recurrence import refuse_parts_of_rows
 from .block import RTransformerBlock, make_layer_norm
 from .classification import (
     FrameClassificationHead,
@@ -218,6 +219,8 @@ class RTransformerModel(RTransformerPreTrainedModel):
             )
             if use_cache and segment_ids is None:
                 cache = DynamicCache(config=self.config)
+        if self.config.attentive_form == "slots":
+            refuse_parts_of_rows(attention_mask, segment_ids)
         sequence = self._describe(embedded, attention_mask, position_ids, segment_ids, cache)
         hidden_states = self._run_blocks(self._add_positions(embedded, sequence), sequence, cache, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named_cache(cache))

@@ -22,7 +22,7 @@ class SequenceInfo(NamedTuple):
         padding_mask (`(B, T)`): 0 where padded; None where nothing is.
         segment_ids (`(B, T)`): equal ids mark the positions of one packed sequence; None where rows are not packed.
         position_ids (`(B or 1, T)`): the place of each position in its sequence.
-        attentive_states (`(B, T, D)`): from the first block, for others (attentive_recurrence.py), or None.
+        attentive_states (`(B, T or slots, D)`): from the first block, for others (attentive_recurrence.py), or None.
     """
 
     attention_mask: torch.Tensor | None = None

@@ -14,6 +14,8 @@ from transformers import DynamicCache
 
 from modeling_rtransformer import RTransformerConfig, RTransformerForCausalLM, RTransformerForMaskedLM
 from modeling_rtransformer.attentive_recurrence import AttentiveRecurrence, FusionGate
+from modeling_rtransformer.linear_rnn import LinearRNN, rsa_from_linear_rnn
+from modeling_rtransformer.local_rnn_steps import gru_step
 from tests.conftest import tiny_config
 
 
@@ -200,6 +202,75 @@ def test_packed_sequences_do_not_see_each_other(name, is_causal):
     torch.testing.assert_close(packed[7:], model(ids[:, 7:]).logits[0], **CLOSE)
 
 
+class TestSlots:
+    FIELDS = {
+        "is_causal": False, "attentive_form": "slots", "attentive_start": "zero", "attentive_steps": 3,
+        "attentive_layers": [0, -1],
+    }  # fmt: skip
+
+    def model(self, **fields):
+        return RTransformerForMaskedLM(tiny_config(num_hidden_layers=3, **{**self.FIELDS, **fields})).eval()
+
+    def test_it_is_two_recurrences_with_one_state_for_the_sequence(self):
+        model, ids = self.model(num_local_rnns=0, rem_kinds=None), ids_of(2, 11)
+        block = model.model.layers[0]
+        inputs = block.self_attn_norm(model.model.embed_tokens(ids))
+        attend = attend_to(inputs, block.self_attn.k_proj, block.self_attn.v_proj, 5)
+        module, states = block.self_attn.attentive_recurrence, {}
+        for name in ("ahead", "back"):
+            each = getattr(module, name)
+            hidden, states[name] = torch.zeros(2, 1, 20), []
+            for _ in range(3):
+                read = each.o_proj(attend(each.q_proj(hidden).view(2, 1, 5, 4).transpose(1, 2)).flatten(2))
+                hidden = gru_step(each.input_proj(read), each.recurrent_proj(hidden), hidden)
+                states[name].append(hidden)
+        slots = [module.merge(torch.cat([states["ahead"][k], states["back"][2 - k]], -1)) for k in range(3)]
+        torch.testing.assert_close(module(inputs, attend), torch.cat(slots, dim=1))
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_changes_nothing(self, side, attention):
+        model = self.model(attentive_fusion="add")
+        model.set_attn_implementation(attention)
+        ids, mask = ids_of(2, 12), torch.ones(2, 12, dtype=torch.long)
+        real = slice(4, None) if side == "left" else slice(0, 8)
+        mask[1] = 0
+        mask[1, real] = 1
+        padded = model(ids, attention_mask=mask).logits
+        torch.testing.assert_close(padded[1, real], model(ids[1:, real]).logits[0], **CLOSE)
+        torch.testing.assert_close(padded[0], model(ids[:1]).logits[0], **CLOSE)
+
+    def test_every_parameter_learns_and_a_saved_model_gives_the_same(self, tmp_path):
+        model, ids = self.model(), ids_of(2, 11)
+        model.train()(ids, labels=ids).loss.backward()
+        assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+        model.save_pretrained(tmp_path)
+        loaded = RTransformerForMaskedLM.from_pretrained(tmp_path)
+        assert loaded.eval()(ids).logits.equal(model.eval()(ids).logits)
+
+    def test_more_than_a_sequence_a_row_is_refused(self):
+        model, ids = self.model(), ids_of(1, 8)
+        with pytest.raises(ValueError, match="`attentive_form` 'slots' needs a sequence a row, got packed sequences"):
+            model(ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]]))
+        with pytest.raises(
+            ValueError, match="`attention_mask` must be 2D, 0 where padded, with `attentive_form` 'slots'"
+        ):
+            model(ids, attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"is_causal": True}, "`is_causal` must be False with `attentive_form` 'slots', got True"),
+            ({"attentive_start": "input"}, "`attentive_start` must be 'zero' with `attentive_form` 'slots', got input"),
+            ({"attentive_steps": 0}, "`attentive_steps` must be at least 1 with `attentive_form` 'slots', got 0"),
+            ({"attentive_form": "slot"}, "`attentive_form` must be one of positions, slots, got 'slot'; did you mean"),
+        ],
+    )
+    def test_a_wrong_config_is_refused(self, fields, message):
+        with pytest.raises(ValueError, match=message):
+            self.model(**fields)
+
+
 def test_a_bidirectional_model_reads_both_sides_and_a_causal_one_does_not():
     ids = ids_of(1, 11)
     changed = ids.clone()
@@ -230,6 +301,17 @@ def test_gradients_are_the_same_with_checkpointing(name):
 def test_the_gate_starts_near_the_plain_block():
     fusion = causal_lm().model.layers[-1].self_attn.attentive_fusion
     assert fusion.gate.bias.tolist() == [1.0] * 20
+
+
+def test_a_linear_rnn_is_not_written_into_a_layer_that_adds_something_to_it():
+    rnn = LinearRNN(
+        recurrent=torch.diag(torch.tensor([0.5, 0.25])).double(),
+        input=torch.eye(2).double(),
+        bias=torch.zeros(2).double(),
+    )
+    rsa_from_linear_rnn(rnn)
+    with pytest.raises(ValueError, match="`attentive_layers` must not name the layer"):
+        rsa_from_linear_rnn(rnn, attentive_steps=1)
 
 
 def test_tensor_parallelism_is_refused():
