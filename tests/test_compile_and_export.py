@@ -12,7 +12,7 @@ from tests.conftest import VARIANTS, tiny_config
 
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
-COMPILED = ["gru-and-rsa", "two-lstm", "rsa", "attentive"]
+COMPILED = ["gru-and-rsa", "two-lstm", "rsa"]
 needs_exporters = pytest.mark.skipif(
     Version(transformers.__version__) < Version("5.23"), reason="the exporters came with Transformers 5.23"
 )
