@@ -5,6 +5,8 @@ Multi-head attention whose heads are plain or, with a Recurrence Encoding Matrix
     plain head   softmax(Q K' / sqrt(d) + mask) V
     RSA head     [(1 - gate) * softmax(Q K' / sqrt(d) + mask) + gate * P] V
 
+With `attentive_steps` the keys and values of the first block also feed the steps of attentive_recurrence.py.
+
 Sources: Vaswani et al. 2017, "Attention Is All You Need", section 3.2; Huang et al. 2023, "Encoding Recurrence into
 Transformers" (ICLR 2023), section 3.
 """
@@ -12,6 +14,7 @@ Transformers" (ICLR 2023), section 3.
 # B batch, T positions of this call, L positions with the past, D hidden size, H heads, d head size
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 
+from .attentive_recurrence import AttentiveFusion, AttentiveRecurrence, AttentiveSlots
 from .configuration_rtransformer import RTransformerConfig
 from .engines import PagedAttentionCache, paged_distances, paged_update
 from .head_shard import HeadShard
@@ -61,6 +65,7 @@ class Heads(NamedTuple):
         weights (`(B, H, T, L)`, *optional*): what multiplied the values.
         keys, values (`(B, H, L, d)`): those at hand, of the past and of the new positions.
         first_row: the row of the first new position among them.
+        attend: `attend(query, attention_mask=mask)`: the output and weights of further queries to these keys.
     """
 
     output: torch.Tensor
@@ -68,6 +73,7 @@ class Heads(NamedTuple):
     keys: torch.Tensor
     values: torch.Tensor
     first_row: int | torch.Tensor
+    attend: Callable
 
 
 def unit_length(vectors: torch.Tensor) -> torch.Tensor:
@@ -95,6 +101,12 @@ class RTransformerAttention(nn.Module):
         position_bias = POSITION_BIASES.get(config.position_embedding)
         self.position_bias = None if position_bias is None else position_bias(config)
         self.scale = HeadScale(config) if config.normalize_keys else None
+        self.attentive_recurrence = self.attentive_fusion = None
+        if config.attentive_steps and layer_idx == 0:
+            made_by = AttentiveSlots if config.attentive_form == "slots" else AttentiveRecurrence
+            self.attentive_recurrence = made_by(config)
+        if layer_idx in config.layers_with_attentive_states:
+            self.attentive_fusion = AttentiveFusion(config)
 
     @staticmethod
     def make_output(config: RTransformerConfig) -> nn.Module:
@@ -118,13 +130,20 @@ class RTransformerAttention(nn.Module):
         sequence: SequenceInfo,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, ...]:
         """
         Returns the output `(B, T, D)` and, from an implementation that has them, the weights `(B, H, T, L)` that
-        multiply the values: for an RSA head gate, softmax and REM together.
+        multiply the values: for an RSA head gate, softmax and REM together. The first block returns a third item, the
+        attentive states `(B, T or S, D)`, in a model that has them.
         """
         heads = self.attend(hidden_states, sequence, cache, **kwargs)
-        return self.o_proj(heads.output.flatten(2)), heads.weights
+        output, states = self.o_proj(heads.output.flatten(2)), sequence.attentive_states
+        if self.attentive_recurrence is not None:
+            mask = self.attentive_recurrence.mask(sequence.attention_mask)
+            states = self.attentive_recurrence(hidden_states, lambda query: heads.attend(query, attention_mask=mask)[0])
+        if self.attentive_fusion is not None:
+            output = self.attentive_fusion(output, states, hidden_states)
+        return (output, heads.weights) if self.attentive_recurrence is None else (output, heads.weights, states)
 
     def attend(
         self,
@@ -164,17 +183,17 @@ class RTransformerAttention(nn.Module):
             query, attention_mask = self._add_distances(query, sequence, first_row, keys.shape[2])
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, weights = attention_interface(
+        attend = partial(
+            attention_interface,
             self,
-            query,
-            keys,
-            values,
-            attention_mask,
+            key=keys,
+            value=values,
             dropout=self.attention_dropout if self.training else 0.0,
             scaling=self.scaling,
             position_ids=sequence.position_ids,
             **kwargs,
-        )  # (B, T, H, d), (B, H, T, L) or None
+        )
+        output, weights = attend(query, attention_mask=attention_mask)  # (B, T, H, d), (B, H, T, L) or None
         if not self.config.see_own_position:
             output, weights = without_empty_rows(output, weights, sequence.attention_mask)
         if self.recurrence is not None:
@@ -187,7 +206,7 @@ class RTransformerAttention(nn.Module):
                 output = (weights @ values).transpose(1, 2)
             else:
                 output = self.recurrence(output, rem_values, positions, ids, shard)
-        return Heads(output, weights, keys, values, first_row)
+        return Heads(output, weights, keys, values, first_row, attend)
 
     def _add_distances(
         self, query: torch.Tensor, sequence: SequenceInfo, first_row: int | torch.Tensor, length: int

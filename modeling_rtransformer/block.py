@@ -64,7 +64,8 @@ class Mixer(NamedTuple):
 
     Args:
         module: `module(config, layer_idx, index)`, whose `forward(hidden_states, sequence, cache, **kwargs)` returns
-            the output `(B, T, D)` and the attention weights, or None where it has none.
+            the output `(B, T, D)`, the attention weights or None where it has none, and, where it makes them, the
+            attentive states for the blocks above.
         name: of the module in a block, by which its parameters are saved; its LayerNorm is `{name}_norm`.
         several: whether a block may have several. They are a list then, named `{name}s`, as are `{name}_norms`.
     """
@@ -120,13 +121,19 @@ class RTransformerBlock(GradientCheckpointingLayer):
         sequence: SequenceInfo,
         cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Returns `(B, T, D)`; the first block of a model with attentive states returns these too, as a pair."""
         wait_for_offloaded(cache, self.layer_idx, hidden_states.device)
+        attentive_states = []
         for norm, mixer in self._sublayers():
-            update, _ = mixer(hidden_states if self.norm_after else norm(hidden_states), sequence, cache, **kwargs)
+            update, _, *made = mixer(
+                hidden_states if self.norm_after else norm(hidden_states), sequence, cache, **kwargs
+            )
+            attentive_states += made
             hidden_states = self._add(hidden_states, update, norm)
         update = self.mlp(hidden_states if self.norm_after else self.mlp_norm(hidden_states))
-        return self._add(hidden_states, update, self.mlp_norm)
+        hidden_states = self._add(hidden_states, update, self.mlp_norm)
+        return (hidden_states, *attentive_states) if attentive_states else hidden_states
 
     def _add(self, hidden_states: torch.Tensor, update: torch.Tensor, norm: nn.Module) -> torch.Tensor:
         """The residual connection."""

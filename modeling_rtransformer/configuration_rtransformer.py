@@ -12,6 +12,10 @@ from transformers.activations import ACT2FN
 
 LOCAL_RNN_TYPES = ("gru", "lstm", "rnn", "hard_lstm")
 LOCAL_PADDINGS = ("zeros", "none")
+ATTENTIVE_RNN_TYPES = ("gru", "lstm", "rnn")
+ATTENTIVE_FORMS = ("positions", "slots")
+ATTENTIVE_STARTS = ("input", "zero")
+ATTENTIVE_FUSIONS = ("gated_sum", "add")
 REM_KINDS = ("none", "regular", "first_cyclical", "second_cyclical")
 REM_GATES = ("layer", "head")
 POSITION_EMBEDDINGS = ("none", "sinusoidal", "relative", "t5")
@@ -165,6 +169,20 @@ class RTransformerConfig(PreTrainedConfig):
             Dilation m of the REMs: one value for all heads, or one entry a head (plain heads' entries are not used).
         rem_gate (`str`, defaults to `"layer"`): one gate a `"layer"` (the paper) or one a `"head"`.
         rem_layers (`list[int]`, *optional*): indices of the blocks that have REM heads; None for all.
+        attentive_steps (`int`, defaults to 0):
+            Steps S of the Attentive Recurrent Network, an RNN at each position whose inputs are chosen by attention;
+            0 for none. It reads the keys and values of the first block.
+        attentive_rnn_type (`str`, defaults to `"gru"`): its cell, `"gru"`, `"lstm"` or `"rnn"` (tanh).
+        attentive_form (`str`, defaults to `"positions"`):
+            `"positions"`: a state for each position. `"slots"`: the states of all steps, for a whole sequence and in
+            two directions, to which the chosen blocks attend; it needs `is_causal=False`, `attentive_start="zero"`.
+        attentive_start (`str`, defaults to `"input"`): its first state, the position's `"input"` or `"zero"`.
+        attentive_layers (`list[int]`, *optional*):
+            Indices of the blocks that read its last state, negative ones from the end; None for the last block alone,
+            the paper's short-cut.
+        attentive_fusion (`str`, defaults to `"gated_sum"`):
+            How such a block joins the state b with its attention's output a: `"gated_sum"`, g a + (1 - g) b with a
+            learned gate g, or `"add"`, a + b.
         position_embedding (`str`, defaults to `"none"`):
             `"none"` leaves the order to the LocalRNN and the REMs. `"sinusoidal"` adds the sinusoids of Vaswani et al.
             2017 (section 3.5) to the scaled embeddings. `"relative"` scales the embeddings likewise and adds a learned
@@ -267,6 +285,12 @@ class RTransformerConfig(PreTrainedConfig):
     rem_dilations: int | list[int] = 1
     rem_gate: str = "layer"
     rem_layers: list[int] | None = None
+    attentive_steps: int = 0
+    attentive_rnn_type: str = "gru"
+    attentive_form: str = "positions"
+    attentive_start: str = "input"
+    attentive_layers: list[int] | None = None
+    attentive_fusion: str = "gated_sum"
     position_embedding: str = "none"
     clamp_length: int | None = None
     memory_length: int | None = None
@@ -358,6 +382,7 @@ class RTransformerConfig(PreTrainedConfig):
         self._validate_memory()
         self._validate_rem()
         self._validate_structure()
+        self._validate_attentive()
 
     def _validate_memory(self) -> None:
         self._require_name("memory_mask", MEMORY_MASKS)
@@ -453,6 +478,32 @@ class RTransformerConfig(PreTrainedConfig):
                 f"at most the square root of `{name}` ({getattr(self, name)}) with `linear_structure` 'monarch'",
             )
 
+    def _validate_attentive(self) -> None:
+        self._require(self.attentive_steps >= 0, "attentive_steps", "at least 1, or 0 for none")
+        self._require_name("attentive_rnn_type", ATTENTIVE_RNN_TYPES)
+        self._require_name("attentive_form", ATTENTIVE_FORMS)
+        self._require_name("attentive_start", ATTENTIVE_STARTS)
+        self._require_name("attentive_fusion", ATTENTIVE_FUSIONS)
+        if self.attentive_steps:  # its queries see the first block's keys as an ordinary attention shows them
+            self._require(self.memory_length is None, "memory_length", "None with `attentive_steps`")
+            self._require(self.see_own_position, "see_own_position", "True with `attentive_steps`")
+            self._require(not self.normalize_keys, "normalize_keys", "False with `attentive_steps`")
+            by_distance = self.position_embedding in ("relative", "t5")
+            self._require(not by_distance, "position_embedding", "'none' or 'sinusoidal' with `attentive_steps`")
+        if self.attentive_form == "slots":
+            self._require(self.attentive_steps >= 1, "attentive_steps", "at least 1 with `attentive_form` 'slots'")
+            self._require(not self.is_causal, "is_causal", "False with `attentive_form` 'slots'")
+            self._require(self.attentive_start == "zero", "attentive_start", "'zero' with `attentive_form` 'slots'")
+        if self.attentive_layers is None:
+            return
+        layers, count = self.attentive_layers, self.num_hidden_layers
+        self._require(self.attentive_steps >= 1, "attentive_steps", "at least 1 with `attentive_layers`")
+        self._require(
+            len(layers) > 0 and all(-count <= layer < count for layer in layers),
+            "attentive_layers",
+            f"None or indices of the {count} blocks, from {-count} to {count - 1}, at least one",
+        )
+
     def _require(self, holds: bool, name: str, requirement: str) -> None:
         if not holds:
             raise ValueError(f"`{name}` must be {requirement}, got {getattr(self, name)}")
@@ -476,6 +527,12 @@ class RTransformerConfig(PreTrainedConfig):
     def is_recurrent(self, layer_idx: int) -> bool:
         """Whether the block `layer_idx` has a block-recurrent mixer in place of its attention."""
         return layer_idx in (self.recurrent_layers or [])
+
+    @property
+    def layers_with_attentive_states(self) -> set[int]:
+        """Indices of the blocks that read the attentive states; none without `attentive_steps`."""
+        layers = [-1] if self.attentive_layers is None else self.attentive_layers
+        return {layer % self.num_hidden_layers for layer in layers} if self.attentive_steps else set()
 
     def layer_mixers(self, layer_idx: int) -> dict[str, int]:
         """The mixers of the block `layer_idx` in the order in which they run: how many of each, by name in `MIXERS`."""

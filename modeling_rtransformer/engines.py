@@ -7,8 +7,9 @@ Engines that keep a model's keys and values themselves: which models they can ru
 | an attention backend (vLLM, SGLang) | keys and values, behind an attention implementation of its own | plain heads |
 | continuous batching of Transformers | keys and values of all requests, in pages | plain and RSA heads |
 
-An attention backend gives a layer its output and no values, which a REM needs, and neither engine has room for the
-windows of a LocalRNN. The models that an engine cannot run are refused before the first token.
+An attention backend gives a layer its output and no values, which a REM needs; it keeps the keys of a layer at each of
+its calls, of which an attentive recurrence makes several. Neither engine has room for the windows of a LocalRNN. The
+models that an engine cannot run are refused before the first token.
 """
 
 # T queries of all requests, L keys of all requests, H attention heads, d head size
@@ -43,6 +44,8 @@ def what_is_kept_beside_keys(config: PreTrainedConfig) -> list[str]:
         found.append(f"scores by distance (`position_embedding` is {config.position_embedding!r})")
     if config.recurrent_layers:
         found.append("recurrent states (`recurrent_layers`)")
+    if config.attentive_steps:
+        found.append("the steps that attend again to the first block's keys (`attentive_steps`)")
     return found
 
 

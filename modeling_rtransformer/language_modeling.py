@@ -104,7 +104,8 @@ class CausalLMHead(LanguageModelHead):
         """As in Transformers; a NotImplementedError where a model remembers more than keys and values."""
         refuse_continuous_batching(self.config)
         manager = super().init_continuous_batching(*args, **kwargs)
-        if self.config.has_rems:  # which read the values of the past, and block tables leave them in the cache
+        # REMs and the attentive recurrence read the values of the past, and block tables leave them in the cache.
+        if self.config.has_rems or self.config.attentive_steps:
             manager.continuous_batching_config.max_blocks_per_request = 0
         return manager
 

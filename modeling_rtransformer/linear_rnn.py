@@ -218,6 +218,8 @@ def load_linear_rnn_(attention: RTransformerAttention, form: RealJordanForm, gat
         raise ValueError(f"`gate` must lie above 0 and below 1, got {gate}")
     if kinds != wanted or set(recurrence.dilations) != {1} or not attention.is_causal:
         raise ValueError(f"the layer must be causal with the undilated REM heads {wanted}, got {kinds}")
+    if attention.attentive_fusion is not None:
+        raise ValueError("`attentive_layers` must not name the layer, whose output would not be the attention's alone")
     needed_dim = 2 if len(form.decay) else 1
     if dim < needed_dim or num_plain * dim < units:
         raise ValueError(

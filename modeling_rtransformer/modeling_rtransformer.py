@@ -24,6 +24,7 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .attention import RTransformerAttention
+from .attentive_recurrence import refuse_parts_of_rows
 from .block import RTransformerBlock
 from .block_recurrent import check_documents, check_padding
 from .classification import (
@@ -102,6 +103,11 @@ class RTransformerPreTrainedModel(PreTrainedModel):
             )
         if config.recurrent_layers:
             self._can_compile_fullgraph = False  # which states are updated depends on the values of masks
+        if config.attentive_steps and tp_size > 1:
+            raise ValueError(
+                f"`attentive_steps` must be 0 with `tp_size` {tp_size}, since its attention has all heads in one "
+                f"process, got {config.attentive_steps}"
+            )
         if config.num_input_features is not None:
             self.main_input_name = "input_values"
             self._input_embed_layer = "embed_values"  # for get_input_embeddings, which FSDP2 and PEFT ask
@@ -122,7 +128,8 @@ class RTransformerPreTrainedModel(PreTrainedModel):
         | factor of the scores with `normalize_keys` | 1 |
         | recurrent states: S_0, ids; gate of `state_gate` "fixed" | normal(0, .1), normal(0, 1); normal(0, .1) |
         | gates of `state_gate` "lstm": weight, bias | normal(0, sqrt(.1 / inputs)), 0 |
-        | LocalRNN weights and biases | uniform(-1 / sqrt(D), 1 / sqrt(D)), as in torch.nn |
+        | LocalRNN and attentive cell: weights and biases | uniform(-1 / sqrt(D), 1 / sqrt(D)), as in torch.nn |
+        | attentive gate: bias | 1 |
         | REM eta (regular) | uniform on [-2, -1] u [1, 2] |
         | REM nu (cyclical) | uniform on [1, 2] |
         | REM theta (cyclical) | pi / 4 |
@@ -246,6 +253,8 @@ class RTransformerModel(RTransformerPreTrainedModel):
             if self.config.recurrent_layers:
                 positions = queries if cache is None else cache.get_seq_length() + queries
                 check_documents(segment_ids, queries, positions, self.config.block_length)
+        if self.config.attentive_form == "slots":
+            refuse_parts_of_rows(attention_mask, segment_ids)
         sequence = self._describe(embedded, attention_mask, position_ids, segment_ids, cache)
         hidden_states = self._run_blocks(self._add_positions(embedded, sequence), sequence, cache, **kwargs)
         hidden_states = self.output_dropout(self.norm(hidden_states))
@@ -416,7 +425,10 @@ class RTransformerModel(RTransformerPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
         for layer in self.layers[: self.config.num_hidden_layers]:
-            hidden_states = layer(hidden_states, sequence, **named_cache(cache), **kwargs)
+            outputs = layer(hidden_states, sequence, **named_cache(cache), **kwargs)
+            hidden_states, *attentive_states = outputs if isinstance(outputs, tuple) else (outputs,)
+            if attentive_states:  # of the first block
+                sequence = sequence._replace(attentive_states=attentive_states[0])
         return hidden_states
 
 

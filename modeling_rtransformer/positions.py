@@ -29,6 +29,7 @@ class SequenceInfo(NamedTuple):
         position_ids (`(B or 1, T)`): the place of each position in its sequence.
         relative: what the layers share of relative positions; None where there are none.
         key_mask (`(B, past + T)`): as `padding_mask`, of all positions; only for block-recurrent mixers.
+        attentive_states (`(B, T or slots, D)`): from the first block, for others (attentive_recurrence.py), or None.
     """
 
     attention_mask: torch.Tensor | None = None
@@ -37,6 +38,7 @@ class SequenceInfo(NamedTuple):
     position_ids: torch.Tensor | None = None
     relative: RelativePositions | None = None
     key_mask: torch.Tensor | None = None
+    attentive_states: torch.Tensor | None = None
 
 
 def sinusoidal_positions(position_ids: torch.Tensor, hidden_size: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """
-Measure the speed and memory of the LocalRNN, the REM, structured weights and whole models, each as a ratio to a
-reference in the same run.
+Measure the speed and memory of the LocalRNN, the REM, structured weights, whole models and RNMT+'s LSTM, each as a
+ratio to a reference in the same run.
 
     python -m scripts.benchmark                             # everything, on the GPU if there is one
     python -m scripts.benchmark --only "LocalRNN gru"       # the rows whose name contains this text
@@ -17,7 +17,15 @@ from pathlib import Path
 
 import torch
 
-from scripts.benchmarks import adapters, attention, local_rnn, memory, models, structured_linear
+from scripts.benchmarks import (
+    adapters,
+    attention,
+    layer_norm_lstm,
+    local_rnn,
+    memory,
+    models,
+    structured_linear,
+)
 from scripts.benchmarks.measuring import Case, measure
 from scripts.results.json_lines import append_line, read_lines
 from scripts.results.provenance import provenance
@@ -38,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def all_cases(device_type: str, only: str = "") -> list[Case]:
-    modules = local_rnn, attention, models, memory, adapters, structured_linear
+    modules = local_rnn, attention, models, memory, adapters, structured_linear, layer_norm_lstm
     found = [case for module in modules for case in module.cases(device_type)]
     chosen = [case for case in found if only in case.key]
     if not chosen:

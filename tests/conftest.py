@@ -34,6 +34,16 @@ VARIANTS = {
     "gru-and-rsa": RSA,
     "hard-lstm-monarch": {"local_rnn_type": "hard_lstm", "linear_structure": "monarch"},
     "plain-sinusoidal": {"num_local_rnns": 0, "position_embedding": "sinusoidal"},
+    "attentive": {"attentive_steps": 3},
+    "rsa-attentive-lstm-in-two-blocks": {
+        "num_local_rnns": 0,
+        **RSA,
+        "attentive_steps": 2,
+        "attentive_rnn_type": "lstm",
+        "attentive_start": "zero",
+        "attentive_layers": [0, -1],
+        "attentive_fusion": "add",
+    },  # fmt: skip
     # without a last norm the initial range of the others makes the outputs, and rounding with them, four times as large
     "original-norm": {"layer_norm_type": "original", "final_norm": False, "initializer_range": 0.2},
 }

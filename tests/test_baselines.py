@@ -33,6 +33,11 @@ MODELS = {
     "gru": {"model_type": "recurrent", "kind": "gru"},
     "lstm": {"model_type": "recurrent", "kind": "lstm"},
     "tcn": {"model_type": "tcn"},
+    "rnmt": {"model_type": "rnmt_plus", "num_attention_heads": 2},
+    "rnmt-dot": {
+        "model_type": "rnmt_plus", "num_attention_heads": 3, "num_hidden_layers": 3, "attention": "dot",
+        "gate_norm": False,
+    },
     "toeplitz": {
         "model_type": "toeplitz", "num_attention_heads": 2, "rem_kinds": ["none", "regular"], "num_local_rnns": 0,
         "max_length": 40,
@@ -181,6 +186,16 @@ class TestToeplitz:
         ("lstm", {"kind": "lsmt"}, "`kind` must be one of rnn, gru, lstm, got 'lsmt'; did you mean `lstm`"),
         ("lstm", {"hidden_size": 0}, "`hidden_size` must be at least 1, got 0"),
         ("lstm", {"output_dropout": 1.0}, r"`output_dropout` must be in \[0, 1\), got 1.0"),
+        (
+            "rnmt",
+            {"num_attention_heads": 3},
+            r"`num_attention_heads` must be a divisor of `hidden_size` \(128\), got 3",
+        ),
+        ("rnmt", {"attention": "additve"}, "`attention` must be one of additive, dot, got 'additve'; did you mean"),
+        ("rnmt", {"residual_from": 0}, "`residual_from` must be at least 1, since layer 0 reads another width, got 0"),
+        ("rnmt", {"cell_clip": 0}, "`cell_clip` must be positive, got 0"),
+        ("rnmt-dot", {"num_attention_heads": 4, "cell_clip": 1.0}, "`cell_clip` needs `gate_norm`, .* got 1.0"),
+        ("rnmt", {"attention_dropout": 1.0}, r"`attention_dropout` must be in \[0, 1\), got 1.0"),
         pytest.param("tcn", {"kernel_size": 1}, "`kernel_size` must be at least 2, got 1", marks=needs_tcn),
     ],
 )
@@ -189,7 +204,7 @@ def test_a_wrong_config_is_refused(name, fields, message):
         AutoConfig.for_model(**{**MODELS[name], **fields})
 
 
-@pytest.mark.parametrize("name", ["lstm", pytest.param("tcn", marks=needs_tcn), "toeplitz"])
+@pytest.mark.parametrize("name", ["lstm", pytest.param("tcn", marks=needs_tcn), "rnmt", "toeplitz"])
 @pytest.mark.parametrize("task", [LANGUAGE_MODELING, CLASSIFICATION], ids=["language_modeling", "classification"])
 def test_a_recipe_trains_a_baseline_in_place_of_its_model(tmp_path, name, task):
     data = write_text(tmp_path) if task is LANGUAGE_MODELING else write_table(tmp_path)

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from scripts import benchmark
-from scripts.benchmarks import adapters, attention, local_rnn, measuring, models, structured_linear
+from scripts.benchmarks import adapters, attention, layer_norm_lstm, local_rnn, measuring, models, structured_linear
 from scripts.benchmarks.measuring import Case
 
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("module", [local_rnn, attention, models, adapters, structured_linear])
+@pytest.mark.parametrize("module", [local_rnn, attention, models, adapters, structured_linear, layer_norm_lstm])
 def test_both_sides_of_every_row_run(module):
     builds = {case.key: case.build for case in module.cases("cpu")}
     for build in builds.values():

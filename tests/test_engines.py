@@ -12,7 +12,7 @@ from tests.conftest import tiny_config
 
 
 PLAIN = ("plain-sinusoidal", "rnn-window-1")
-WITHOUT_WINDOWS = (*PLAIN, "rsa", "rsa-one-layer-gate-a-head")
+WITHOUT_WINDOWS = (*PLAIN, "rsa", "rsa-one-layer-gate-a-head", "rsa-attentive-lstm-in-two-blocks")
 NEEDS_PAGES = pytest.mark.skipif(not engines.HAS_PAGED_UPDATE, reason="needs Transformers 5.23")
 
 
@@ -69,6 +69,14 @@ def test_a_foreign_attention_backend_runs_plain_models_and_is_refused_by_others(
     first = model(ids[:, :19], position_ids=positions[:, :19], use_cache=False).logits
     last = model(ids[:, 19:], position_ids=positions[:, 19:], use_cache=False).logits
     torch.testing.assert_close(torch.cat([first, last], dim=1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_backend_that_keeps_keys_at_each_call_is_refused_where_a_block_attends_several_times(backend):
+    model = causal_lm("plain-sinusoidal", attentive_steps=2)
+    assert model.is_backend_compatible() is False
+    model.set_attn_implementation(Backend.name)
+    with pytest.raises(NotImplementedError, match="attend again to the first block's keys .`attentive_steps`."):
+        model(torch.randint(3, 37, (1, 20)))
 
 
 @NEEDS_PAGES

@@ -28,7 +28,7 @@ def logits_error(dtype, autocast=False, **fields):
     return max(errors)
 
 
-@pytest.mark.parametrize("variant", ["gru", "rsa", "gru-and-rsa", "two-lstm"])
+@pytest.mark.parametrize("variant", ["gru", "rsa", "gru-and-rsa", "two-lstm", "attentive"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["cast", "autocast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_is_as_exact_as_for_plain_attention(dtype, autocast, variant):

@@ -43,6 +43,7 @@ HEADS = [RTransformerModel, RTransformerForCausalLM, RTransformerForSequenceClas
 FORECASTERS = [RTransformerForecasterModel, RTransformerForTimeSeriesPrediction]
 SMALL = {"vocab_size": 37, "hidden_size": 20, "num_attention_heads": 5, "num_hidden_layers": 2}
 # the model and its config; every Auto class of its map must load it
+ATTENTIVE = {"attentive_steps": 2, "attentive_layers": [0, -1]}
 CHECKPOINTS = [
     *[(head, tiny_config(is_causal=False)) for head in HEADS],
     *[(head, tiny_config(is_causal=False, num_input_features=3)) for head in HEADS],
@@ -63,7 +64,7 @@ def elsewhere(tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
-    RTransformerForCausalLM(tiny_config()).save_pretrained(folder / "causal")
+    RTransformerForCausalLM(tiny_config(**ATTENTIVE)).save_pretrained(folder / "causal")
     wanted = {str(folder / "causal"): ["AutoModelForCausalLM", "AutoModel"]}
     for number, (saved, config) in enumerate(CHECKPOINTS):
         saved(config).save_pretrained(folder / str(number))
@@ -79,7 +80,7 @@ def elsewhere(tmp_path_factory):
 
 def test_it_loads_without_the_package_and_gives_the_same(elsewhere):
     torch.manual_seed(0)
-    model = RTransformerForCausalLM(tiny_config()).eval()  # the one that was saved
+    model = RTransformerForCausalLM(tiny_config(**ATTENTIVE)).eval()  # the one that was saved
     for auto_class, ours in (("AutoModelForCausalLM", model), ("AutoModel", model.model)):
         found = elsewhere["causal"][auto_class]
         assert found["module"].startswith("transformers_modules.")
