@@ -112,7 +112,10 @@ def local_rnn_plain(
     `recurrent_proj`, which computes W_h h + b_h, `weight` is not read.
     """
     if recurrent_proj is None:
-        recurrent_proj = functools.partial(F.linear, weight=weight, bias=bias)
+
+        def recurrent_proj(hidden: torch.Tensor) -> torch.Tensor:
+            return F.linear(hidden, weight, bias)
+
     length = projected.shape[1] - window + 1
     if segment_ids is not None:
         neighbours = F.pad(segment_ids, (window - 1, 0), value=-1)  # (B, K - 1 + L)

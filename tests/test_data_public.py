@@ -212,7 +212,7 @@ def test_copies_anywhere_below_the_data_folder_are_found_by_their_names(tmp_path
 
 
 def test_rows_that_overlap_can_train_each_word_once():
-    rows = LanguageModeling("language_modeling", window=9, stride=4, train_once=True).windows(
+    rows = LanguageModeling("language_modeling", window=9, stride=4, train_once=True).dataset(
         np.arange(40, dtype=np.int32), training=True
     )
     labels = [label for index in range(len(rows)) for label in rows[index]["labels"][1:].tolist() if label != IGNORED]

@@ -123,6 +123,8 @@ def read_series(options: Options) -> pd.DataFrame:
         _require_header(table, path)
         time, times = find_times(table, options)
     series = find_series(table, time, times, options)
+    if series is None and times is not None:
+        require_rising(times, table.index, time, path)
     names = [name for name in table.columns if name not in (time, series)]
     if options.columns:
         names = list(options.columns)
@@ -131,11 +133,11 @@ def read_series(options: Options) -> pd.DataFrame:
     channels = pd.DataFrame({name: _channel(table[name], options, path) for name in names}, index=table.index)
     if not names:
         raise ValueError(f"`data.file` {path.name!r} has no column but {time or 'date'!r}")
-    if series is not None:
-        channels, times = to_channels(channels, table[series], times, path)
     if times is None:
         return channels
-    require_rising(times, channels.index, time, path)
+    if series is not None:
+        channels, times = to_channels(channels, table[series], times, path)
+        require_rising(times, channels.index, time, path)
     return channels.set_axis(times.rename(time))
 
 
@@ -209,6 +211,11 @@ def is_counter(cells: pd.Series, name: str, path: Path) -> bool:
     return counts
 
 
+def _are_times(cells: pd.Series) -> bool:
+    """Whether texts are dates, or times of a day."""
+    return cells.str.fullmatch(r"\s*\d{1,2}:\d{2}(:\d{2}(\.\d+)?)?\s*").all() or _dates(cells) is not None
+
+
 def find_series(table: pd.DataFrame, time: str | None, times: pd.Index | None, options: Options) -> str | None:
     """The column that names the series of a table in long format: texts that, with the times, differ in all rows."""
     if options.id_column is not None and times is None:
@@ -217,7 +224,7 @@ def find_series(table: pd.DataFrame, time: str | None, times: pd.Index | None, o
         return options.id_column
     for name in table.columns:
         texts = table[name].map(lambda cell: isinstance(cell, str)).all()
-        texts = texts and pd.to_numeric(table[name], errors="coerce").isna().all() and _dates(table[name]) is None
+        texts = texts and pd.to_numeric(table[name], errors="coerce").isna().all() and not _are_times(table[name])
         if name != time and texts and not pd.MultiIndex.from_arrays([table[name], times]).has_duplicates:
             say(f"{name!r} names the series, one channel each")
             return name
