@@ -566,6 +566,11 @@ class RTransformerConfig(PreTrainedConfig):
         return any(self.layer_rem_heads(layer_idx) for layer_idx in range(self.num_hidden_layers))
 
     @property
+    def reads_order(self) -> bool:
+        """Whether a layer reads the order of the tokens, which an attention mask does not say."""
+        return self.has_windows or self.has_rems or bool(self.recurrent_layers)
+
+    @property
     def layer_types(self) -> list[str]:
         """
         What the cache of Transformers must hold for each block: keys and values, all or with `memory_length` the last

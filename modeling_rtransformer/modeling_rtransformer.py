@@ -153,8 +153,7 @@ class RTransformerPreTrainedModel(PreTrainedModel):
         mask is taken as it is, and a ValueError if windows or REMs cannot follow it.
         """
         padding_mask = None
-        reads_order = config.has_windows or config.has_rems or config.recurrent_layers
-        if attention_mask is not None and attention_mask.dim() == 4 and reads_order:
+        if attention_mask is not None and attention_mask.dim() == 4 and config.reads_order:
             if config.memory_length is not None:
                 raise ValueError("`attention_mask` must have two dimensions for `generate` with `memory_length`")
             past_length = 0 if cache is None else int(cache.get_seq_length())
@@ -291,8 +290,8 @@ class RTransformerModel(RTransformerPreTrainedModel):
         """
         is_dict = isinstance(attention_mask, dict)
         prepared = attention_mask["full_attention"] if is_dict else attention_mask
-        reads_order = self.config.has_windows or self.config.has_rems or self.config.recurrent_layers
-        if not reads_order or prepared is None or len(prepared.shape) != 4 or isinstance(cache, PagedAttentionCache):
+        is_read = self.config.reads_order and not isinstance(cache, PagedAttentionCache)
+        if not is_read or prepared is None or len(prepared.shape) != 4:
             return attention_mask, None
         if is_dict and (is_tracing(prepared) or not isinstance(prepared, torch.Tensor)):
             return attention_mask, None  # made by `create_masks_for_generate`, which has looked at it

@@ -8,6 +8,7 @@ from modeling_rtransformer import (
     TemporalLatentBottleneckConfig,
     TemporalLatentBottleneckForCausalLM,
 )
+from tests.texts import random_ids as random_ids
 
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -70,10 +71,6 @@ def tiny_config(variant, **fields):
 def causal_lm(variant, **fields):
     config = tiny_config(variant, **fields)
     return CAUSAL_LMS[type(config)](config).eval()
-
-
-def random_ids(*shape):
-    return torch.randint(3, 37, shape)
 
 
 def padded_batch(rows, side):

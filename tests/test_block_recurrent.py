@@ -7,6 +7,7 @@ from transformers import DynamicCache, StaticCache
 from modeling_rtransformer import RTransformerConfig, RTransformerForCausalLM
 from modeling_rtransformer.memory import detach_memory
 from tests.conftest import RECURRENT_VARIANTS, tiny_config
+from tests.texts import in_calls, random_ids
 
 
 LENGTH = 23
@@ -26,21 +27,6 @@ def causal_lm(variant, **fields):
             if ".cell." in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     return model
-
-
-def random_ids(*shape):
-    return torch.randint(3, 37, shape)
-
-
-def in_calls(model, ids, lengths, cache=None, **arguments):
-    """The logits of a text that is given in several calls; arguments of all positions go with the past's."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    logits, end = [], 0
-    for part in ids.split(lengths, dim=1):
-        end += part.shape[1]
-        given = {name: values[:, :end] for name, values in arguments.items()}
-        logits.append(model(part, cache=cache, **given).logits)
-    return torch.cat(logits, dim=1)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -21,6 +21,7 @@ from modeling_rtransformer.relative_positions import (
     t5_buckets,
 )
 from tests.conftest import MEMORY_VARIANTS, tiny_config
+from tests.texts import in_calls, random_ids
 
 
 LENGTH = 23
@@ -34,21 +35,6 @@ def variant(request):
 
 def causal_lm(variant, **fields):
     return RTransformerForCausalLM(tiny_config(variant, **fields)).eval()
-
-
-def random_ids(*shape):
-    return torch.randint(3, 37, shape)
-
-
-def in_calls(model, ids, lengths, cache=None, **arguments):
-    """The logits of a text that is given in several calls; arguments of all positions go with the past's."""
-    cache = DynamicCache(config=model.config) if cache is None else cache
-    logits, end = [], 0
-    for part in ids.split(lengths, dim=1):
-        end += part.shape[1]
-        given = {name: values[:, :end] for name, values in arguments.items()}
-        logits.append(model(part, cache=cache, **given).logits)
-    return torch.cat(logits, dim=1)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -26,6 +26,7 @@ from modeling_rtransformer.local_rnn import LocalRNN
 from modeling_rtransformer.positions import SequenceInfo
 from modeling_rtransformer.recurrence_encoding import RecurrenceEncoding
 from tests.conftest import VARIANTS, tiny_config
+from tests.texts import random_ids
 
 
 LENGTH = 23
@@ -39,10 +40,6 @@ ATTENTIONS = ["gru", "plain-sinusoidal", "gru-and-rsa", "rsa", "rsa-one-layer-ga
 
 def causal_lm(variant="gru-and-rsa", **fields):
     return RTransformerForCausalLM(tiny_config(variant, **fields)).eval()
-
-
-def random_ids(*shape):
-    return torch.randint(3, 37, shape)
 
 
 def padded_batch(rows, side):
